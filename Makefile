@@ -1,0 +1,44 @@
+# Everything a person or CI runs. `make help` lists it.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help system install check test bench demo lock clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+system: ## install the Debian packages of packages.txt (needs root; quiet when all are there)
+	@./scripts/install-system-packages
+
+$(STAMP): requirements.lock pyproject.toml
+	@./scripts/make-venv $(VENV)
+	@touch $@
+
+install: system $(STAMP) ## .venv/bin/offload in this checkout, and no more than that
+
+check: install ## ruff, mypy, unit and contract tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest -q tests/unit tests/contract
+
+test: install ## all tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest tests
+
+bench: install ## every figure of docs/benchmarks.md
+	$(PY) -m bench
+
+demo: install ## the main job on real data
+	$(PY) demo/run.py
+
+lock: ## renew requirements.lock from pyproject.toml
+	./scripts/renew-lock
+
+clean: ## remove the environment and what demo and bench made
+	rm -rf $(VENV) demo-work bench-work

@@ -1,0 +1,102 @@
+"""The one place that picks implementations.
+
+Built-ins stand in explicit tables `name → "module:Class"` and are loaded when they are used; third
+parties add theirs through entry points of the same group (`offload.snapshots`, `offload.targets`,
+`offload.stores`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, assert_never
+
+from offload.errors import ConfigError
+from offload.model import BackupSource, Qcow2Source, RawSource, Source
+
+if TYPE_CHECKING:
+    from offload.config import LocalQuiesce, QmpQuiesce
+    from offload.image import Image
+    from offload.instance import Instance
+    from offload.quiesce import Quiescer
+    from offload.snapshot import SnapshotProvider
+    from offload.store import Store
+    from offload.target import Target
+
+PROVIDERS = {
+    "reflink": "offload.snapshots.reflink:ReflinkProvider",
+    "copy": "offload.snapshots.copy:CopyProvider",
+    "qcow2": "offload.snapshots.qcow2:Qcow2Provider",
+    "device": "offload.snapshots.device:DeviceProvider",
+}
+TARGETS = {"nbd": "targets.nbd:NbdTarget"}
+STORES = {"disk": "offload.stores.disk:DiskStore"}
+
+
+def snapshot_provider(name: str, instance_id: str) -> SnapshotProvider:
+    """The provider of this name; ConfigError (`unknown-provider`) if there is none."""
+    made: SnapshotProvider = _load("offload.snapshots", "provider", PROVIDERS, name)(instance_id)
+    return made
+
+
+def target(name: str) -> Target:
+    """The target of this name; ConfigError (`unknown-target`) if there is none."""
+    made: Target = _load("offload.targets", "target", TARGETS, name)()
+    return made
+
+
+def open_store(url: str) -> Store:
+    """Open the objects of a store. A plain absolute path is a disk store."""
+    kind = url.partition("://")[0] if "://" in url else "disk"
+    made: Store = _load("offload.stores", "store", STORES, kind)(url)
+    return made
+
+
+def quiescer(
+    entry: LocalQuiesce | QmpQuiesce, volumes: tuple[str, ...], instance: Instance
+) -> Quiescer:
+    """The quiescer of one `[[groups.X.quiesce]]` entry; `volumes` are those of the group."""
+    if entry.kind == "local":
+        from offload.quiescers.local import LocalQuiescer
+
+        return LocalQuiescer(entry, volumes, instance)
+    if entry.kind == "qmp":
+        from offload.quiescers.qmp import QmpQuiescer
+
+        return QmpQuiescer(entry, volumes, instance)
+    assert_never(entry.kind)
+
+
+def open_image(source: Source) -> Image:
+    """Open whatever a source names, for reading."""
+    match source:
+        case RawSource():
+            from offload.images.file import FileImage
+
+            return FileImage(source)
+        case Qcow2Source():
+            from offload.images.qcow2 import Qcow2Image
+
+            return Qcow2Image(source)
+        case BackupSource():
+            from offload.images.backup import open_backup_image
+
+            return open_backup_image(source)
+    assert_never(source)
+
+
+def _load(group: str, what: str, table: Mapping[str, str], name: str) -> Any:  # noqa: ANN401
+    place = table.get(name)
+    if place is None:
+        from importlib.metadata import entry_points
+
+        found = entry_points(group=group, name=name)
+        if not found:
+            raise ConfigError(
+                f"there is no {what} '{name}'",
+                code=f"unknown-{what}",
+                hint=f"built in: {', '.join(sorted(table))}",
+            )
+        return next(iter(found)).load()
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)

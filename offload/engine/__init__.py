@@ -1,0 +1,1 @@
+"""The copy path: from images to stores and back."""

@@ -1,0 +1,1 @@
+"""The store format: packs, pages, manifests, keys. See docs/store-format.md."""

@@ -1,0 +1,1 @@
+"""The origins of images, one a file."""

@@ -1,0 +1,224 @@
+"""The words of the project as frozen values. No I/O here.
+
+Sizes and offsets are bytes; times are timezone-aware UTC datetimes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import NewType
+
+TimeMarkId = NewType("TimeMarkId", str)
+ViewId = NewType("ViewId", str)
+BackupId = NewType("BackupId", str)
+
+
+class ExtentKind(StrEnum):
+    """What a range of an image holds."""
+
+    DATA = "data"
+    ZERO = "zero"
+    HOLE = "hole"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`length` bytes from `offset` (both in bytes) of one kind."""
+
+    offset: int
+    length: int
+    kind: ExtentKind
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the extent."""
+        return self.offset + self.length
+
+
+class Consistency(StrEnum):
+    """What a restored image can be trusted for; ordered by `rank`."""
+
+    CRASH = "crash"
+    FILESYSTEM = "filesystem"
+    APPLICATION = "application"
+
+    @property
+    def rank(self) -> int:
+        """0 for the weakest."""
+        return list(Consistency).index(self)
+
+
+class Instant(StrEnum):
+    """Whether the volumes of a TimeMark show one and the same instant."""
+
+    ONE = "one"  # one volume, or the storage makes one instant of several by itself
+    HELD = "held"  # all writers were held from before the first snapshot to after the last
+    NONE = "none"  # neither: recorded as not atomic, by policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """A block device of production storage, as configured."""
+
+    name: str
+    provider: str
+    path: Path
+    snapshot_dir: Path | None = None
+    sector_size: int | None = None  # None: find out from the device or the partition table
+    qmp_socket: Path | None = None  # of the QEMU that has the image open
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One volume at one point in time, on production storage.
+
+    `ref` is the provider's own address of it: strings only, it goes through the catalog and the
+    journal as JSON. `identity` names the *volume* (inode and file system id, WWN …): a snapshot
+    with another identity or size is of a re-made or resized volume and no parent of this one.
+    """
+
+    volume: str
+    provider: str
+    ref: Mapping[str, str]
+    size_bytes: int
+    sector_size: int
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuiesceReport:
+    """What one quiescer did: one row of a TimeMark's report."""
+
+    name: str
+    kind: str
+    volumes: tuple[str, ...]
+    frozen: bool
+    consistency: Consistency
+    freeze_ms: float = 0.0
+    held_ms: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeMark:
+    """A point in time of a group."""
+
+    id: TimeMarkId
+    group: str
+    created_at: datetime
+    snapshots: tuple[Snapshot, ...]
+    consistency: Consistency
+    instant: Instant
+    freeze_ms: float
+    purpose: str = "user"  # user | mount | backup: who made it, and so who may delete it
+    keep: bool = False  # never reclaimed when the pool runs full
+    reports: tuple[QuiesceReport, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def snapshot(self, volume: str) -> Snapshot | None:
+        """The snapshot of one volume, or None."""
+        return next((s for s in self.snapshots if s.volume == volume), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawSource:
+    """An image that is a plain file or block device: byte for byte the volume."""
+
+    path: Path
+    size_bytes: int
+    sector_size: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2Source:
+    """An image inside a qcow2 file, or of an internal snapshot of it (`snapshot` its name)."""
+
+    path: Path
+    size_bytes: int
+    snapshot: str | None = None
+    sector_size: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupSource:
+    """One volume of a backup in a store."""
+
+    store_url: str  # e.g. the folder of a disk store
+    backup: str
+    volume: str
+    size_bytes: int
+    cache_dir: Path  # where the local chunk index lives
+    sector_size: int = 512
+
+
+Source = RawSource | Qcow2Source | BackupSource
+
+
+class ViewState(StrEnum):
+    """The life of a TimeView in the catalog."""
+
+    MOUNTED = "mounted"
+    CLOSING = "closing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A TimeView: an image that a target presents to clients.
+
+    `server` is the target's own record of the process that serves it (pid, start time, files),
+    strings only.
+    """
+
+    id: ViewId
+    name: str
+    origin: str  # timemark:ID/volume or backup:ID/volume, always in full
+    target: str
+    uri: str
+    writable: bool
+    size_bytes: int
+    sector_size: int
+    created_at: datetime
+    source: Source
+    state: ViewState = ViewState.MOUNTED
+    server: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """One volume inside a backup."""
+
+    volume: str
+    size_bytes: int
+    sector_size: int
+    identity: str
+    root: str  # hex; names the content, two nights without a change share it
+    read_bytes: int = 0
+    stored_bytes: int = 0
+    mode: str = "full"  # full | incremental
+    reason: str = ""  # why it is full, where an incremental was possible in principle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """An immutable set of images of one group at one TimeMark, in a store."""
+
+    id: BackupId
+    store: str
+    group: str
+    created_at: datetime  # of the TimeMark: the point in time that it shows
+    finished_at: datetime
+    timemark: str
+    consistency: Consistency
+    instant: Instant
+    images: tuple[ImageRecord, ...]
+    parent: str | None = None
+    host: str = ""
+    alarms: tuple[str, ...] = ()
+
+    def image(self, volume: str) -> ImageRecord | None:
+        """The image of one volume, or None."""
+        return next((i for i in self.images if i.volume == volume), None)

@@ -1,0 +1,1 @@
+"""Quiescers, one a file."""

@@ -1,0 +1,175 @@
+"""The one gateway to other programs.
+
+argv lists only, an allow-listed environment, stdin closed unless given, pipes drained while the
+program runs, and a time limit always. What was started is ended and reaped on any exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload.errors import UnavailableError
+
+_KEEP_ENV = (
+    "PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "LIBGUESTFS_BACKEND", "LIBGUESTFS_BACKEND_SETTINGS",
+)  # fmt: skip
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_STDERR_TAIL = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """A program that has ended."""
+
+    argv: tuple[str, ...]
+    status: int
+    seconds: float
+    stdout: str
+    stderr: str
+
+
+class ProgramError(UnavailableError):
+    """A program ended with a status other than 0, or did not end in time."""
+
+    code = "program-failed"
+
+    def __init__(
+        self, argv: Sequence[str], status: int | None, seconds: float, stderr: str
+    ) -> None:
+        how = "did not end in time" if status is None else f"ended with status {status}"
+        tail = stderr.strip()[-_STDERR_TAIL:]
+        last = tail.splitlines()[-1] if tail else "it said nothing"
+        super().__init__(f"{Path(argv[0]).name} {how} after {seconds:.1f} s: {last}")
+        self.argv = tuple(argv)
+        self.status = status
+        self.seconds = seconds
+        self.stderr = tail
+
+
+def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment that programs get: an allow-list, C locale, and `extra`."""
+    env = {k: os.environ[k] for k in _KEEP_ENV if k in os.environ}
+    path = env.get("PATH", "")
+    env["PATH"] = f"{path}:{_DEFAULT_PATH}" if path else _DEFAULT_PATH
+    env["LC_ALL"] = "C.UTF-8"
+    env.update(extra or {})
+    return env
+
+
+def find_program(name: str) -> str | None:
+    """The full path of a program, looking also in the sbin folders, or None."""
+    return shutil.which(name, path=child_env()["PATH"])
+
+
+def require_program(name: str, package: str) -> str:
+    """The full path of a program; UnavailableError naming the Debian package if it is missing."""
+    found = find_program(name)
+    if found is None:
+        raise UnavailableError(
+            f"the program {name} is not installed",
+            code="program-missing",
+            hint=f"install it: apt-get install {package}",
+        )
+    return found
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float = 60.0,
+    check: bool = True,
+    stdin: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Completed:
+    """Run a program to its end. Raises ProgramError when it fails (if `check`) or is late."""
+    began = time.monotonic()
+    with spawn(
+        argv,
+        stdin=subprocess.PIPE if stdin is not None else None,
+        env=env,
+        cwd=cwd,
+        pass_fds=pass_fds,
+    ) as process:
+        try:
+            out, err = process.communicate(input=stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired as late:
+            terminate(process)
+            raise ProgramError(argv, None, time.monotonic() - began, _text(late.stderr)) from late
+        except BaseException:
+            terminate(process)
+            raise
+    seconds = time.monotonic() - began
+    if check and process.returncode != 0:
+        raise ProgramError(argv, process.returncode, seconds, _text(err))
+    return Completed(
+        argv=tuple(argv),
+        status=process.returncode,
+        seconds=seconds,
+        stdout=_text(out),
+        stderr=_text(err),
+    )
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    stdin: int | None = None,
+    stdout: int | None = subprocess.PIPE,
+    stderr: int | None = subprocess.PIPE,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    new_session: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Start a program; the caller ends it (see `terminate`). Streams default to pipes."""
+    try:
+        return subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=child_env(env),
+            cwd=cwd,
+            pass_fds=tuple(pass_fds),
+            start_new_session=new_session,
+        )
+    except FileNotFoundError as missing:
+        raise UnavailableError(
+            f"the program {argv[0]} is not installed",
+            code="program-missing",
+            hint="see: offload doctor",
+        ) from missing
+    except PermissionError as denied:
+        raise UnavailableError(
+            f"the program {argv[0]} may not be run", code="program-missing"
+        ) from denied
+
+
+def terminate(process: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
+    """End a program that we started: SIGTERM, wait, SIGKILL, reap. Idempotent."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def _text(raw: bytes | None) -> str:
+    return (raw or b"").decode("utf-8", "replace")

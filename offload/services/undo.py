@@ -1,0 +1,44 @@
+"""The undo actions of the journal, by name. Each is idempotent: already gone is success."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+
+from offload.catalog.store import Catalog
+from offload.errors import CleanupError
+from offload.instance import Instance
+from offload.journal import Args
+
+UndoAction = Callable[[Instance, Catalog, Args], None]
+
+# action → "module:function", loaded when one is needed
+ACTIONS = {
+    "delete-snapshot": "offload.services.timemark:undo_snapshot",  # provider, ref (JSON)
+    "forget-timemark": "offload.services.timemark:undo_timemark",  # id
+    "thaw-local": "offload.quiescers.local:undo_thaw",  # mounts (JSON)
+    "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # socket
+    "run-post": "offload.quiescers.local:undo_post",  # argv (JSON), timeout_s
+    "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
+    "abort-backup": "offload.services.backup:undo_backup",  # store_url, backup
+    "remove-path": "offload.services.restore:undo_path",  # path of a temporary file of ours
+}
+
+
+def run_undo(instance: Instance, catalog: Catalog, action: str, args: Args) -> None:
+    """Run one action; CleanupError for a name that this version does not know."""
+    place = ACTIONS.get(action)
+    if place is None:
+        raise CleanupError(
+            f"unknown undo action '{action}': the journal is of another version",
+            hint="run recover with the version that wrote it",
+        )
+    module, _, name = place.partition(":")
+    function: UndoAction = getattr(import_module(module), name)
+    function(instance, catalog, args)
+
+
+def dump(fields: object) -> str:
+    """A value as one string, for journal arguments."""
+    return json.dumps(fields, separators=(",", ":"), sort_keys=True)

@@ -1,0 +1,1 @@
+"""Snapshot providers, one a file."""

@@ -1,0 +1,1 @@
+"""Where backups live, one kind a file."""

@@ -1,0 +1,1 @@
+"""The servers that present TimeViews, behind the protocol of offload.target."""
