@@ -1,0 +1,45 @@
+"""Sources survive the way through strings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from offload.errors import UsageError
+from offload.model import BackupSource, Qcow2Source, RawSource, Source
+from offload.sources import source_from_dict, source_to_dict
+
+EXAMPLES: tuple[Source, ...] = (
+    RawSource(path=Path("/a b/ü.raw"), size_bytes=1 << 40, sector_size=4096),
+    Qcow2Source(path=Path("/q"), size_bytes=5, snapshot="s1"),
+    Qcow2Source(path=Path("/q"), size_bytes=5),
+    BackupSource(store_url="/store", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c")),
+)
+
+
+@pytest.mark.parametrize("source", EXAMPLES)
+def test_source_through_strings_is_the_same(source: Source) -> None:
+    record = source_to_dict(source)
+    assert all(isinstance(value, str) for value in record.values())
+    assert source_from_dict(record) == source
+
+
+def test_source_kinds_are_all_tested() -> None:
+    assert {type(source) for source in EXAMPLES} == set(get_args(Source))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"kind": "tape"},
+        {"kind": "raw", "path": "/x"},
+        {"kind": "raw", "path": "/x", "size_bytes": "many"},
+    ],
+)
+def test_source_from_damaged_record_is_refused(record: dict[str, str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        source_from_dict(record)
+    assert caught.value.code == "bad-source"
