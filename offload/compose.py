@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, assert_never
 
 from offload.errors import ConfigError
-from offload.model import BackupSource, Qcow2Source, RawSource, Source
+from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, Source
 
 if TYPE_CHECKING:
     from offload.config import LocalQuiesce, QmpQuiesce
@@ -82,10 +82,14 @@ def open_image(source: Source) -> Image:
             from offload.images.backup import open_backup_image
 
             return open_backup_image(source)
+        case NbdSource():
+            from offload.images.nbd import NbdImage
+
+            return NbdImage(source.uri, size_bytes=source.size_bytes, block_size=source.sector_size)
     assert_never(source)
 
 
-def _load(group: str, what: str, table: Mapping[str, str], name: str) -> Any:  # noqa: ANN401
+def _load(group: str, what: str, table: Mapping[str, str], name: str) -> Any:
     place = table.get(name)
     if place is None:
         from importlib.metadata import entry_points

@@ -155,7 +155,16 @@ class BackupSource:
     sector_size: int = 512
 
 
-Source = RawSource | Qcow2Source | BackupSource
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NbdSource:
+    """An image that somebody else serves over NBD, read-only: a QEMU that exports its own disk."""
+
+    uri: str
+    size_bytes: int
+    sector_size: int = 512
+
+
+Source = RawSource | Qcow2Source | BackupSource | NbdSource
 
 
 class ViewState(StrEnum):
