@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import UsageError
-from offload.model import BackupSource, Qcow2Source, RawSource, Source
+from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, Source
 
 _KINDS: dict[str, type[Source]] = {
     "raw": RawSource,
     "qcow2": Qcow2Source,
     "backup": BackupSource,
+    "nbd": NbdSource,
 }
 _NAMES = {made: kind for kind, made in _KINDS.items()}
 

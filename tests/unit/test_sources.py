@@ -8,13 +8,14 @@ from typing import get_args
 import pytest
 
 from offload.errors import UsageError
-from offload.model import BackupSource, Qcow2Source, RawSource, Source
+from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, Source
 from offload.sources import source_from_dict, source_to_dict
 
 EXAMPLES: tuple[Source, ...] = (
     RawSource(path=Path("/a b/ü.raw"), size_bytes=1 << 40, sector_size=4096),
     Qcow2Source(path=Path("/q"), size_bytes=5, snapshot="s1"),
     Qcow2Source(path=Path("/q"), size_bytes=5),
+    NbdSource(uri="nbd+unix:///x?socket=/s", size_bytes=9),
     BackupSource(store_url="/store", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c")),
 )
 
