@@ -1,0 +1,148 @@
+"""Values of `offload.model` as rows of the catalog, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from offload.model import (
+    Backup,
+    BackupId,
+    Consistency,
+    ImageRecord,
+    Instant,
+    QuiesceReport,
+    Snapshot,
+    TimeMark,
+    TimeMarkId,
+    View,
+    ViewId,
+    ViewState,
+)
+from offload.sources import source_from_dict, source_to_dict
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParentLink:
+    """What the next incremental of `volume` to `store` is compared with, and the backup of it."""
+
+    store: str
+    volume: str
+    timemark: str
+    backup: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """One reading of a backup from its store. `how`: `all`, or the sampled share, as `5%`."""
+
+    backup: str
+    at: datetime
+    how: str
+    problems: int
+
+
+def timemark_row(timemark: TimeMark) -> Row:
+    """A TimeMark as a row."""
+    return {
+        "id": timemark.id,
+        "group_name": timemark.group,
+        "created_at": timemark.created_at,
+        "consistency": timemark.consistency.value,
+        "instant": timemark.instant.value,
+        "freeze_ms": timemark.freeze_ms,
+        "purpose": timemark.purpose,
+        "keep": timemark.keep,
+        "snapshots": [{**asdict(s), "ref": dict(s.ref)} for s in timemark.snapshots],
+        "reports": [asdict(report) for report in timemark.reports],
+        "warnings": list(timemark.warnings),
+    }
+
+
+def timemark_of(row: Row) -> TimeMark:
+    """The inverse of `timemark_row`."""
+    return TimeMark(
+        id=TimeMarkId(row["id"]),
+        group=row["group_name"],
+        created_at=row["created_at"],
+        snapshots=tuple(Snapshot(**fields) for fields in row["snapshots"]),
+        consistency=Consistency(row["consistency"]),
+        instant=Instant(row["instant"]),
+        freeze_ms=row["freeze_ms"],
+        purpose=row["purpose"],
+        keep=row["keep"],
+        reports=tuple(_report(fields) for fields in row["reports"]),
+        warnings=tuple(row["warnings"]),
+    )
+
+
+def _report(fields: Row) -> QuiesceReport:
+    typed = {"volumes": tuple(fields["volumes"]), "consistency": Consistency(fields["consistency"])}
+    return QuiesceReport(**{**fields, **typed})
+
+
+def view_row(view: View) -> Row:
+    """A view as a row."""
+    return {
+        "id": view.id,
+        "name": view.name,
+        "origin": view.origin,
+        "target": view.target,
+        "uri": view.uri,
+        "writable": view.writable,
+        "size_bytes": view.size_bytes,
+        "sector_size": view.sector_size,
+        "created_at": view.created_at,
+        "source": source_to_dict(view.source),
+        "state": view.state.value,
+        "server": dict(view.server),
+    }
+
+
+def view_of(row: Row) -> View:
+    """The inverse of `view_row`."""
+    typed = {
+        "id": ViewId(row["id"]),
+        "source": source_from_dict(row["source"]),
+        "state": ViewState(row["state"]),
+    }
+    return View(**{**row, **typed})
+
+
+def backup_row(backup: Backup) -> Row:
+    """A backup as a row."""
+    return {
+        "id": backup.id,
+        "store": backup.store,
+        "group_name": backup.group,
+        "created_at": backup.created_at,
+        "finished_at": backup.finished_at,
+        "timemark": backup.timemark,
+        "consistency": backup.consistency.value,
+        "instant": backup.instant.value,
+        "images": [asdict(image) for image in backup.images],
+        "parent": backup.parent,
+        "host": backup.host,
+        "alarms": list(backup.alarms),
+    }
+
+
+def backup_of(row: Row) -> Backup:
+    """The inverse of `backup_row`."""
+    return Backup(
+        id=BackupId(row["id"]),
+        store=row["store"],
+        group=row["group_name"],
+        created_at=row["created_at"],
+        finished_at=row["finished_at"],
+        timemark=row["timemark"],
+        consistency=Consistency(row["consistency"]),
+        instant=Instant(row["instant"]),
+        images=tuple(ImageRecord(**fields) for fields in row["images"]),
+        parent=row["parent"],
+        host=row["host"],
+        alarms=tuple(row["alarms"]),
+    )

@@ -1,0 +1,118 @@
+"""The migrations make what the code expects."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_mock_engine
+
+from offload.catalog import schema
+from offload.catalog.store import Catalog
+from offload.catalog.tables import metadata
+from offload.errors import IntegrityError, UnavailableError
+
+
+def test_head_equals_the_newest_script() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(schema._MIGRATIONS))
+    assert ScriptDirectory.from_config(config).get_current_head() == schema.HEAD
+
+
+def test_migrations_from_empty_make_the_tables_of_the_code(tmp_path: Path) -> None:
+    engine = schema.open_engine(tmp_path / "catalog.db")
+    with engine.connect() as connection:
+        found = compare_metadata(MigrationContext.configure(connection), metadata)
+        keys = connection.exec_driver_sql("PRAGMA foreign_key_list(parents)").all()
+    engine.dispose()
+    assert found == []
+    assert {(key[2], key[3], key[6]) for key in keys} == {
+        ("timemarks", "timemark", "CASCADE"),
+        ("backups", "backup", "CASCADE"),
+    }
+
+
+def test_tables_have_ddl_for_postgresql() -> None:
+    statements: list[str] = []
+    engine = create_mock_engine(
+        "postgresql+psycopg2://", lambda sql, *_a, **_k: statements.append(str(sql))
+    )
+    metadata.create_all(engine, checkfirst=False)
+    assert sum("CREATE TABLE" in sql for sql in statements) == len(metadata.tables)
+
+
+def test_open_up_to_date_database_imports_no_alembic(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    Catalog.open(path).close()
+    code = (
+        "import sys; from pathlib import Path; from offload.catalog.store import Catalog\n"
+        f"Catalog.open(Path({str(path)!r})).close()\n"
+        "sys.exit('alembic' in sys.modules or 'sqlalchemy.orm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 0
+
+
+def test_open_newer_schema_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    Catalog.open(path).close()
+    with sqlite3.connect(path) as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(UnavailableError) as caught:
+        Catalog.open(path)
+    assert caught.value.code == "catalog-newer"
+    assert "9999" in caught.value.message
+    with sqlite3.connect(path) as raw:
+        assert raw.execute("SELECT version_num FROM alembic_version").fetchone() == ("9999",)
+
+
+def test_open_database_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    with sqlite3.connect(path) as raw:
+        raw.execute("CREATE TABLE views (x)")
+    with pytest.raises(IntegrityError):
+        Catalog.open(path)
+    with sqlite3.connect(path) as raw:
+        names = raw.execute("SELECT name FROM sqlite_master").fetchall()
+    assert names == [("views",)]
+
+
+def test_open_after_a_migration_that_failed_starts_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic import command
+
+    path = tmp_path / "catalog.db"
+
+    def fails_late(config: Config, revision: str) -> None:
+        config.attributes["connection"].exec_driver_sql("CREATE TABLE views (x)")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "upgrade", fails_late)
+        with pytest.raises(KeyboardInterrupt):
+            Catalog.open(path)
+    opened = Catalog.open(path)
+    assert opened.views() == []
+    opened.close()
+
+
+def test_wheel_holds_the_migrations(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    code = (
+        "import os; from hatchling.builders.wheel import WheelBuilder\n"
+        f"[print(x) for x in WheelBuilder({str(root)!r}).build(directory={str(tmp_path)!r})]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "offload/catalog/migrations/env.py" in names
+    assert "offload/catalog/migrations/versions/v0001_catalog.py" in names
