@@ -1,0 +1,173 @@
+"""Chunks in, packs out: deduplicates, groups records into packs, puts them in the background."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+import zstandard
+
+from offload.engine.repository import Repository
+from offload.format import layout
+from offload.format.index import encode_index
+from offload.format.pack import (
+    FILE_HEADER,
+    Encoding,
+    Entry,
+    Kind,
+    chunk_id,
+    footer,
+    record_header,
+)
+from offload.journal import step
+from offload.store import Buffer
+
+_PACKS_IN_FLIGHT = 2  # beside the one being filled: bounds memory to about three packs
+_TRIAL_BYTES = 8 << 10
+_TRIAL_FROM = 64 << 10
+_KEEP_RATIO = 0.97  # what shrinks by less than 3 % is stored as it is: faster to read
+
+
+class Compressor:
+    """zstd with a quick way out for what won't shrink. One a thread."""
+
+    def __init__(self, level: int) -> None:
+        self._zstd = zstandard.ZstdCompressor(level=level, write_content_size=True)
+
+    def compress(self, raw: bytes | bytearray | memoryview) -> tuple[int, bytes]:
+        """Encoding and payload."""
+        length = len(raw)
+        if length >= _TRIAL_FROM and not self._promising(raw):
+            return Encoding.RAW, bytes(raw)
+        packed = self._zstd.compress(raw)
+        if len(packed) >= length * _KEEP_RATIO:
+            return Encoding.RAW, bytes(raw)
+        return Encoding.ZSTD, packed
+
+    def _promising(self, raw: bytes | bytearray | memoryview) -> bool:
+        """Whether one of three samples shrinks: random and compressed data is found out in 5 µs."""
+        view = memoryview(raw)
+        middle = (len(view) // 2) & ~511
+        for at in (middle, 0, len(view) - _TRIAL_BYTES):
+            sample = view[at : at + _TRIAL_BYTES]
+            if len(self._zstd.compress(sample)) < _TRIAL_BYTES * _KEEP_RATIO:
+                return True
+        return False
+
+
+class PackWriter:
+    """Writes the packs of one writer (a backup, a repack). `add` is safe from many threads.
+
+    Use it as a context manager: an exception inside abandons the packs (those already put stay in
+    the store under the writer's id, and the caller's journal removes them).
+    """
+
+    def __init__(self, repository: Repository, writer: str) -> None:
+        self.repository = repository
+        self.writer = writer
+        self.stored_bytes = 0
+        self.packs: dict[str, list[Entry]] = {}
+        self._keys = repository.keys
+        self._mutex = threading.Lock()
+        self._mine: set[bytes] = set()
+        self._entries: list[Entry] = []
+        self._parts: list[Buffer] = [FILE_HEADER]
+        self._size = len(FILE_HEADER)
+        self._queue: queue.Queue[tuple[str, list[Buffer]] | None] = queue.Queue(_PACKS_IN_FLIGHT)
+        self._failure: BaseException | None = None
+        self._putter = threading.Thread(target=self._put_all, name="pack-put", daemon=True)
+        self._putter.start()
+
+    def __enter__(self) -> PackWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._putter.is_alive():
+            self._queue.put(None)
+            self._putter.join()
+
+    def add(
+        self,
+        kind: Kind,
+        raw: bytes | bytearray | memoryview,
+        compress: Callable[[bytes | bytearray | memoryview], tuple[int, bytes]],
+        ident: bytes | None = None,
+    ) -> tuple[bytes, bool]:
+        """Store a chunk unless the store has it; returns its id and whether it is new."""
+        if ident is None:
+            ident = chunk_id(kind, raw, self._keys)
+        if not self.claim(ident):
+            return ident, False
+        encoding, payload = compress(raw)
+        self.append(ident, kind, encoding, len(raw), payload)
+        return ident, True
+
+    def claim(self, ident: bytes) -> bool:
+        """True for the first to ask for a chunk that the store does not have: it must append it."""
+        with self._mutex:
+            if ident in self._mine:
+                return False
+            if self.repository.index.find(ident) is not None:
+                return False
+            self._mine.add(ident)
+            return True
+
+    def append(
+        self, ident: bytes, kind: int, encoding: int, raw_length: int, payload: bytes
+    ) -> None:
+        """Append an encoded chunk. Raises what a background put raised."""
+        if self._failure is not None:
+            raise self._failure
+        with self._mutex:
+            entry = Entry(ident, kind, encoding, raw_length, len(payload), self._size)
+            self._entries.append(entry)
+            self._parts += (record_header(entry), payload)
+            self._size = entry.end
+            if self._size >= self.repository.parameters.pack_bytes:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Close the pack being filled and queue it (waits while too many are under way)."""
+        if not self._entries:
+            return
+        name = layout.pack_name(self.writer, len(self.packs) + 1)
+        parts = [*self._parts, footer(self._entries, self._size, self._keys)]
+        self.packs[name] = self._entries
+        self._entries, self._parts, self._size = [], [FILE_HEADER], len(FILE_HEADER)
+        self._queue.put((name, parts))
+
+    def _put_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._failure is not None:
+                continue  # drain, so that nobody waits for ever
+            name, parts = item
+            try:
+                self.stored_bytes += self.repository.store.put(name, parts)
+            except BaseException as error:  # noqa: BLE001 - raised again in the writer's thread
+                self._failure = error
+
+    def finish(self) -> str | None:
+        """Put what is left and the index object; returns the index object's name, or None if
+        nothing new was written. After this every chunk that was added can be read from the store.
+        """
+        with self._mutex:
+            self._hand_over()
+        self._queue.put(None)
+        self._putter.join()
+        if self._failure is not None:
+            raise self._failure
+        if not self.packs:
+            return None
+        step("store.packs.written")
+        name = layout.index_name(self.writer)
+        self.stored_bytes += self.repository.store.put(name, [encode_index(self.packs, self._keys)])
+        step("store.index.written")
+        self.repository.index.add(name, self.packs)
+        return name

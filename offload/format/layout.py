@@ -1,0 +1,122 @@
+"""Names of objects in a store, and the store's own description (`store.json`)."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from offload.errors import IntegrityError, UnavailableError
+from offload.format.keys import KEY_BYTES, Keys, derive_keys
+from offload.format.sealed import seal, unseal
+from offload.ids import new_id
+
+STORE_OBJECT = "store.json"
+PACKS = "packs/"
+INDEXES = "index/"
+MANIFESTS = "manifests/"
+FORMAT_NAME = "offload-store"
+FORMAT_VERSION = 1
+
+
+def pack_name(writer: str, number: int) -> str:
+    """`packs/ab/abcdefghjk-000001`: the writer's id (a backup's, a prune's) and a number."""
+    return f"{PACKS}{writer[:2]}/{writer}-{number:06d}"
+
+
+def index_name(writer: str) -> str:
+    """The index object of one writer."""
+    return f"{INDEXES}{writer}"
+
+
+def manifest_name(backup: str) -> str:
+    """The manifest of one backup."""
+    return f"{MANIFESTS}{backup}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """What is chosen once, when a store is made. Sizes in bytes."""
+
+    store_id: str
+    chunk_bytes: int
+    page_entries: int
+    pack_bytes: int
+    zstd_level: int
+    id_key: bytes
+    created_at: datetime
+
+    def keys(self) -> Keys:
+        """The keys derived from the id key."""
+        return derive_keys(self.id_key)
+
+
+def new_parameters(
+    *,
+    chunk_bytes: int = 256 << 10,
+    page_entries: int = 256,
+    pack_bytes: int = 32 << 20,
+    zstd_level: int = 1,
+) -> Parameters:
+    """Parameters of a new store, with a fresh id and id key."""
+    return Parameters(
+        store_id=new_id(),
+        chunk_bytes=chunk_bytes,
+        page_entries=page_entries,
+        pack_bytes=pack_bytes,
+        zstd_level=zstd_level,
+        id_key=secrets.token_bytes(KEY_BYTES),
+        created_at=datetime.now(UTC),
+    )
+
+
+def encode_parameters(parameters: Parameters) -> bytes:
+    """The bytes of `store.json`."""
+    return seal(
+        {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "id": parameters.store_id,
+            "created_at": parameters.created_at.isoformat(),
+            "chunk_bytes": parameters.chunk_bytes,
+            "page_entries": parameters.page_entries,
+            "pack_bytes": parameters.pack_bytes,
+            "zstd_level": parameters.zstd_level,
+            "id_key": parameters.id_key.hex(),
+            "encryption": None,
+        },
+        None,
+    )
+
+
+def decode_parameters(raw: bytes, where: str) -> Parameters:
+    """The inverse. IntegrityError if damaged, UnavailableError (`store-newer`) if too new."""
+    value = unseal(f"{where}/{STORE_OBJECT}", raw, None)
+    if value.get("format") != FORMAT_NAME:
+        raise IntegrityError(f"{where} is no offload store", code="not-a-store")
+    if value["version"] > FORMAT_VERSION:
+        raise UnavailableError(
+            f"the store {where} has format {value['version']}, this version reads {FORMAT_VERSION}",
+            code="store-newer",
+            hint="use a newer offload",
+        )
+    if value.get("encryption") is not None:
+        raise UnavailableError(
+            f"the store {where} is encrypted, which this version cannot read",
+            code="store-newer",
+            hint="use a newer offload",
+        )
+    return _from_value(value)
+
+
+def _from_value(value: dict[str, Any]) -> Parameters:
+    return Parameters(
+        store_id=value["id"],
+        chunk_bytes=value["chunk_bytes"],
+        page_entries=value["page_entries"],
+        pack_bytes=value["pack_bytes"],
+        zstd_level=value["zstd_level"],
+        id_key=bytes.fromhex(value["id_key"]),
+        created_at=datetime.fromisoformat(value["created_at"]),
+    )

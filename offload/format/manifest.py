@@ -1,0 +1,113 @@
+"""Manifests: what a backup is. A backup exists when its manifest does: it is written last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from offload.errors import IntegrityError, UnavailableError
+from offload.format.keys import Keys
+from offload.format.sealed import seal, seal_hash, unseal
+from offload.model import Backup, BackupId, Consistency, ImageRecord, Instant
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A backup, and what else is needed to go on from the store alone."""
+
+    backup: Backup
+    group_config: Mapping[str, Any] = field(default_factory=dict)  # group and volumes, no secrets
+    timemark: Mapping[str, Any] = field(default_factory=dict)  # its report
+    previous: str | None = None  # hash of the newest manifest the writer saw: a chain
+    software: str = ""
+
+
+def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
+    """The bytes of a manifest object."""
+    b = manifest.backup
+    return seal(
+        {
+            "format": "offload-manifest",
+            "version": VERSION,
+            "id": b.id,
+            "group": b.group,
+            "created_at": b.created_at.isoformat(),
+            "finished_at": b.finished_at.isoformat(),
+            "timemark": {**manifest.timemark, "id": b.timemark},
+            "consistency": b.consistency.value,
+            "instant": b.instant.value,
+            "parent": b.parent,
+            "host": b.host,
+            "alarms": list(b.alarms),
+            "images": [_image_value(image) for image in b.images],
+            "group_config": manifest.group_config,
+            "file_index": None,
+            "vm_settings": None,
+            "previous": manifest.previous,
+            "software": manifest.software,
+        },
+        keys.mac,
+    )
+
+
+def _image_value(image: ImageRecord) -> dict[str, Any]:
+    return {
+        "volume": image.volume,
+        "size_bytes": image.size_bytes,
+        "sector_size": image.sector_size,
+        "identity": image.identity,
+        "root": image.root,
+        "read_bytes": image.read_bytes,
+        "stored_bytes": image.stored_bytes,
+        "mode": image.mode,
+        "reason": image.reason,
+    }
+
+
+def decode_manifest(name: str, raw: bytes, keys: Keys, store: str) -> Manifest:
+    """The inverse; `store` is the name under which this store is configured here.
+
+    IntegrityError if damaged, UnavailableError (`manifest-newer`) if of a newer version.
+    """
+    value = unseal(name, raw, keys.mac)
+    if value.get("version", 0) > VERSION:
+        raise UnavailableError(
+            f"{name} is of a newer version", code="manifest-newer", hint="use a newer offload"
+        )
+    try:
+        backup = _backup(value, store)
+    except (KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(f"{name} lacks {error}", code="bad-manifest") from error
+    return Manifest(
+        backup=backup,
+        group_config=value["group_config"],
+        timemark=value["timemark"],
+        previous=value["previous"],
+        software=value["software"],
+    )
+
+
+def _backup(value: dict[str, Any], store: str) -> Backup:
+    return Backup(
+        id=BackupId(value["id"]),
+        store=store,
+        group=value["group"],
+        created_at=datetime.fromisoformat(value["created_at"]),
+        finished_at=datetime.fromisoformat(value["finished_at"]),
+        timemark=value["timemark"]["id"],
+        consistency=Consistency(value["consistency"]),
+        instant=Instant(value["instant"]),
+        images=tuple(ImageRecord(**image) for image in value["images"]),
+        parent=value["parent"],
+        host=value["host"],
+        alarms=tuple(value["alarms"]),
+    )
+
+
+def manifest_hash(raw: bytes) -> str:
+    """What the next manifest's `previous` names."""
+    return seal_hash(raw)

@@ -1,0 +1,64 @@
+"""Holds on TimeMarks: whoever reads one keeps it from being deleted.
+
+A hold is a shared flock on a file in the state folder; it goes with the process that has it, so a
+crash leaves none behind. Deleting takes the same lock exclusively. What lasts longer than a
+process (a mounted view) is a row of the catalog instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from offload.errors import BusyError
+from offload.instance import Instance
+
+
+@contextmanager
+def hold_timemark(instance: Instance, timemark: str) -> Iterator[None]:
+    """Keep a TimeMark while the block runs. BusyError (`timemark-going`) if it is being deleted."""
+    with _locked(instance, timemark, fcntl.LOCK_SH) as got:
+        if not got:
+            raise BusyError(f"timemark {timemark} is being deleted", code="timemark-going")
+        yield
+
+
+@contextmanager
+def claim_timemark(instance: Instance, timemark: str) -> Iterator[None]:
+    """Have a TimeMark alone, to delete it. BusyError (`timemark-in-use`) while it is held."""
+    with _locked(instance, timemark, fcntl.LOCK_EX) as got:
+        if not got:
+            raise BusyError(
+                f"timemark {timemark} is being read by a running backup, mount or restore",
+                code="timemark-in-use",
+                hint="wait until it has ended; see: offload status",
+            )
+        yield
+
+
+def _folder(instance: Instance) -> Path:
+    return instance.state_dir / "holds"
+
+
+@contextmanager
+def _locked(instance: Instance, timemark: str, how: int) -> Iterator[bool]:
+    folder = _folder(instance)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / timemark
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        if how == fcntl.LOCK_EX:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+    finally:
+        os.close(fd)

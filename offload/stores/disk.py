@@ -1,0 +1,271 @@
+"""A store in a folder of a file system.
+
+An object is written under a temporary name in `tmp/`, fsynced, linked to its own name (which fails
+if that exists: nothing is ever overwritten) and the folder is fsynced. What a crash leaves is a
+file in `tmp/`, which `recover` or `prune` removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from offload.errors import (
+    BusyError,
+    IntegrityError,
+    NotFoundError,
+    OffloadError,
+    UnavailableError,
+)
+from offload.ids import new_id
+from offload.store import Buffer
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*(/[a-z0-9][a-z0-9.-]*)*")
+_IOV_MAX = 1024  # limits.h, Linux
+_OPEN_FILES = 64
+TMP = "tmp"
+_LOCK = "lock"
+
+
+class DiskStore:
+    """Objects as files below one folder. See `offload.store.Store` for the contract."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.root = Path(url)
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._mutex = threading.Lock()
+        self._closed = False
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        """Write under a new name; see the contract."""
+        path = self._path(name)
+        temp = self.root / TMP / f"{name.replace('/', '_')}.{new_id()}"
+        try:
+            temp.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _fsync_folder(path.parent.parent)
+            written = self._write(temp, parts)
+            _publish(temp, path)
+            _fsync_folder(path.parent)
+        except OSError as error:
+            raise self._explain(error, name) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temp.unlink()
+        return written
+
+    def _write(self, temp: Path, parts: Sequence[Buffer]) -> int:
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+        try:
+            written = 0
+            for at in range(0, len(parts), _IOV_MAX):
+                written += _writev_all(fd, list(parts[at : at + _IOV_MAX]))
+            os.fsync(fd)
+            return written
+        finally:
+            os.close(fd)
+
+    def get(self, name: str) -> bytes:
+        """The whole object."""
+        return self.get_range(name, 0, self.size(name))
+
+    def get_range(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes; see the contract."""
+        try:
+            fd = self._descriptor(name)
+            data = os.pread(fd, length, offset)
+            while len(data) < length:
+                more = os.pread(fd, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError as error:
+            raise self._explain(error, name) from error
+        if len(data) != length:
+            raise IntegrityError(
+                f"object {name} of {self.url} ends {length - len(data)} bytes too early",
+                code="object-short",
+            )
+        return data
+
+    def size(self, name: str) -> int:
+        """The object's size in bytes."""
+        try:
+            return os.stat(self._path(name)).st_size
+        except OSError as error:
+            raise self._explain(error, name) from error
+
+    def exists(self, name: str) -> bool:
+        """Whether the object is there."""
+        return self._path(name).is_file()
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Names below a folder, in name order."""
+        base = self.root / prefix
+        if not base.is_dir():
+            return
+        for folder, folders, files in os.walk(base):
+            folders.sort()
+            inside = Path(folder).relative_to(self.root).as_posix()
+            for file in sorted(files):
+                yield f"{inside}/{file}"
+
+    def delete(self, name: str) -> None:
+        """Remove an object. Idempotent."""
+        path = self._path(name)
+        with self._mutex:
+            fd = self._open.pop(name, None)
+        if fd is not None:
+            os.close(fd)
+        try:
+            path.unlink()
+            _fsync_folder(path.parent)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._explain(error, name) from error
+
+    @contextmanager
+    def lock(self, *, exclusive: bool, wait_s: float = 0.0) -> Iterator[None]:
+        """flock on `lock`; goes with the process."""
+        try:
+            fd = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise self._explain(error, _LOCK) from error
+        try:
+            _flock(fd, exclusive=exclusive, wait_s=wait_s, url=self.url)
+            yield
+        finally:
+            os.close(fd)
+
+    def sweep(self, part: str, *, min_age_s: float = 0.0) -> int:
+        """Remove temporary files whose name holds `part`, at least that old; returns how many."""
+        removed = 0
+        folder = self.root / TMP
+        for path in folder.glob("*") if folder.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):
+                if part in path.name and time.time() - path.stat().st_mtime >= min_age_s:
+                    path.unlink()
+                    removed += 1
+        return removed
+
+    def free_bytes(self) -> int | None:
+        """Space left on the file system for this user."""
+        try:
+            space = os.statvfs(self.root)
+        except OSError as error:
+            raise self._explain(error, "") from error
+        return space.f_bavail * space.f_frsize
+
+    def close(self) -> None:
+        """Close the cached descriptors. Idempotent."""
+        with self._mutex:
+            self._closed = True
+            fds, self._open = list(self._open.values()), OrderedDict()
+        for fd in fds:
+            os.close(fd)
+
+    def _descriptor(self, name: str) -> int:
+        """An open descriptor, from a small cache.
+
+        One that falls out of the cache is closed while another thread may still read it only if
+        more threads than `_OPEN_FILES` read at once, which no caller does.
+        """
+        with self._mutex:
+            fd = self._open.get(name)
+            if fd is not None:
+                self._open.move_to_end(name)
+                return fd
+            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+            self._open[name] = fd
+            if len(self._open) > _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            return fd
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"'{name}' is no object name")
+        return self.root / name
+
+    def _explain(self, error: OSError, name: str) -> OffloadError:
+        if error.errno == errno.EEXIST:
+            return BusyError(f"object {name} exists already in {self.url}", code="object-exists")
+        if error.errno == errno.ENOENT:
+            if not self.root.is_dir():
+                return UnavailableError(
+                    f"the store folder {self.url} is not there",
+                    code="store-unavailable",
+                    hint="mount it, or make the store with: offload store init",
+                )
+            return NotFoundError(f"no object {name} in {self.url}", code="no-object")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UnavailableError(
+                f"no space left in the store {self.url}",
+                code="no-space",
+                hint="make room, or run: offload prune",
+            )
+        return UnavailableError(
+            f"the store {self.url} fails at {name or 'its folder'}: {error.strerror}",
+            code="store-unavailable",
+        )
+
+
+def _writev_all(fd: int, parts: list[Buffer]) -> int:
+    total = 0
+    while parts:
+        count = os.writev(fd, parts)
+        total += count
+        while parts and count >= len(parts[0]):
+            count -= len(parts.pop(0))
+        if count:
+            parts[0] = memoryview(parts[0])[count:]
+    return total
+
+
+def _publish(temp: Path, path: Path) -> None:
+    """Give a finished file its name, never over another one."""
+    try:
+        os.link(temp, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        if path.exists():  # a file system without hard links; names are unique all the same
+            raise FileExistsError(errno.EEXIST, "exists", str(path)) from None
+        temp.rename(path)
+
+
+def _flock(fd: int, *, exclusive: bool, wait_s: float, url: str) -> None:
+    until = time.monotonic() + wait_s
+    how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
+    while True:
+        try:
+            fcntl.flock(fd, how)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise BusyError(
+                    f"the store {url} is in use by "
+                    + ("other backups, restores or mounted views" if exclusive else "a prune"),
+                    code="store-busy",
+                    hint="try again when they have ended; see: offload views",
+                ) from None
+            time.sleep(0.05)
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
