@@ -1,0 +1,113 @@
+"""The command line of the nbdkit that serves a source."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import assert_never
+from urllib.parse import quote
+
+import offload
+from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource
+from offload.sources import source_to_dict
+from offload.target import ExportRequest
+
+SOCKET = "nbd.sock"
+PID_FILE = "nbdkit.pid"
+LOG = "log"
+BACKEND_SOCKET = "qemu.sock"
+BACKEND_PID_FILE = "qemu-nbd.pid"
+BACKEND_LOG = "qemu-log"
+_SOURCE = "source.json"
+
+_PLUGIN = Path(__file__).resolve().parents[1] / "nbd_plugins" / "image.py"
+# Preferred and maximum request, in bytes. The minimum is the volume's logical sector size: clients
+# take it for theirs. Requests that do not keep to it are served all the same.
+_LIMITS = ("blocksize-preferred=4096", "blocksize-maximum=32M", "blocksize-error-policy=allow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What to start."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def build(program: str, request: ExportRequest, port: int | None) -> Command:
+    """Foreground, because the caller makes the session; errors to standard error, which is the log.
+
+    Writes the source's record into the run folder where a plugin needs one.
+    """
+    folder = request.run_dir
+    argv = [program, "--foreground", "--log=stderr", "--pidfile", str(folder / PID_FILE)]
+    if port is None:
+        argv += ["--unix", str(folder / SOCKET)]
+    else:
+        argv += ["--ipaddr", request.address, "--port", str(port)]
+    plugin = _plugin(request)
+    # The first filter is the nearest to the client; cow opens what is behind it read-only.
+    filters = ("--filter=cow",) if request.writable else ("--readonly",)
+    return Command(argv=(*argv, *plugin.filters, *filters, *plugin.argv), env=plugin.env)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plugin:
+    argv: tuple[str, ...]
+    filters: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def _plugin(request: ExportRequest) -> _Plugin:
+    source = request.source
+    match source:
+        case RawSource():
+            return _compiled(request, "file", f"file={source.path}")
+        case Qcow2Source():
+            return _compiled(request, "nbd", f"socket={request.run_dir / BACKEND_SOCKET}")
+        case NbdSource():
+            return _compiled(request, "nbd", f"uri={source.uri}")
+        case BackupSource():
+            return _composed(request)
+    assert_never(source)
+
+
+def _compiled(request: ExportRequest, *plugin: str) -> _Plugin:
+    """One of nbdkit's C plugins, which know nothing of sectors: a filter tells the clients."""
+    sector = f"blocksize-minimum={request.source.sector_size}"
+    return _Plugin(argv=(*plugin, sector, *_LIMITS), filters=("--filter=blocksize-policy",))
+
+
+def _composed(request: ExportRequest) -> _Plugin:
+    """Our own plugin, which reads any source."""
+    path = request.run_dir / _SOURCE
+    _write_source(path, request)
+    return _Plugin(
+        argv=("python", str(_PLUGIN), f"source={path}"), env={"PYTHONPATH": _python_path()}
+    )
+
+
+def unix_uri(path: Path) -> str:
+    """The NBD URI of the default export on a unix socket."""
+    return f"nbd+unix:///?socket={quote(str(path))}"
+
+
+def tcp_uri(address: str, port: int) -> str:
+    """The NBD URI of the default export on a TCP port; an IPv6 address goes in brackets."""
+    return f"nbd://[{address}]:{port}" if ":" in address else f"nbd://{address}:{port}"
+
+
+def _write_source(path: Path, request: ExportRequest) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as out:
+        json.dump(source_to_dict(request.source), out)
+
+
+def _python_path() -> str:
+    """The project and the packages of its environment, for the system Python inside nbdkit."""
+    project = Path(offload.__file__).resolve().parents[1]
+    places = (str(project), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    return os.pathsep.join(dict.fromkeys(places))

@@ -1,0 +1,312 @@
+"""The `nbd` target: one nbdkit a view, in a folder of its own.
+
+| in the folder | |
+| --- | --- |
+| `nbd.sock` | the socket, where the view is on a unix socket |
+| `nbdkit.pid` | written by the server when it listens |
+| `log` | what the server says |
+| `source.json` | what the Python plugin opens, for images that no C plugin reads |
+| `qemu.sock`, `qemu-nbd.pid`, `qemu-log` | the qemu-nbd behind the server, for qcow2 |
+
+A raw file or block device is read by nbdkit's C `file` plugin; qcow2 and foreign NBD servers
+through its `nbd` plugin; everything else by `nbd_plugins/image.py`. The server is no child that
+must be kept: it has its own session, no descriptor of ours, and outlives us.
+
+A writable view lies on nbdkit's `cow` filter: writes go to an unlinked temporary file in `TMPDIR`
+(default `/var/tmp`, which needs the space), 64 KiB a block written, and are lost with the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from offload import errors, procs, qemu_nbd, run
+from offload.errors import (
+    BusyError,
+    CleanupError,
+    IntegrityError,
+    NotFoundError,
+    OffloadError,
+    UnavailableError,
+    UsageError,
+)
+from offload.model import BackupSource, Qcow2Source, RawSource
+from offload.target import Client, Endpoint, ExportRequest
+from targets import command, handshake, processes
+
+_READY_S = 10.0
+_PORT_TRIES = 5
+_TAKEN_SIGN = "Address already in use"  # strerror(EADDRINUSE) in the C locale
+
+
+class NbdTarget:
+    """Presents views over NBD, on a unix socket or on a TCP port of the loopback interface."""
+
+    name = "nbd"
+
+    def export(self, request: ExportRequest) -> Endpoint:
+        """Present the image; see `offload.target`.
+
+        Raises UsageError (`not-loopback`, `bad-transport`), NotFoundError (`source-missing`),
+        UnavailableError (`program-missing`, `port-taken`, `server-failed`), IntegrityError
+        (`size-mismatch`), and whatever opening the image raises in the server.
+        """
+        _check(request)
+        program = run.require_program("nbdkit", "nbdkit")
+        try:
+            request.run_dir.mkdir(parents=True, mode=0o700)
+        except FileExistsError:
+            raise BusyError(
+                f"the folder {request.run_dir} belongs to another view", code="view-exists"
+            ) from None
+        try:
+            return _serve(program, request)
+        except BaseException:
+            self.withdraw(request.run_dir, {})
+            raise
+
+    def withdraw(self, run_dir: Path, server: Mapping[str, str]) -> None:
+        """Stop the server if it is ours and still lives, remove its files.
+
+        Raises CleanupError if the folder cannot be removed.
+        """
+        processes.end_servers(run_dir, _ref(server))
+        if not server or "backend_pid" in server:
+            processes.end_backend(run_dir)
+        _remove(run_dir)
+
+    def alive(self, run_dir: Path, server: Mapping[str, str]) -> bool:  # noqa: ARG002
+        """Whether the server of this record still runs, and the backend, if it has one."""
+        refs = [_ref(server)] + ([_ref(server, "backend_")] if "backend_pid" in server else [])
+        return all(ref is not None and ref.alive() for ref in refs)
+
+    def clients(self, run_dir: Path, server: Mapping[str, str]) -> list[Client]:
+        """Who is connected now; nobody where the server is gone."""
+        ref = _ref(server)
+        if ref is None or not ref.alive():
+            return []
+        if server.get("port"):
+            return processes.tcp_clients(ref.pid, server["address"], int(server["port"]))
+        return processes.unix_clients(ref.pid, run_dir / command.SOCKET)
+
+
+def _check(request: ExportRequest) -> None:
+    if request.transport not in {"unix", "tcp"}:
+        raise UsageError(
+            f"the target nbd has no transport '{request.transport}'",
+            code="bad-transport",
+            hint="it has unix and tcp",
+        )
+    if request.transport == "tcp" and not _is_loopback(request.address):
+        raise UsageError(
+            f"{request.address} is no loopback address: NBD without TLS has neither authentication "
+            "nor encryption",
+            code="not-loopback",
+            hint="use 127.0.0.1 or ::1, or the unix socket through an SSH tunnel",
+        )
+    if request.port is not None and not 0 < request.port < 65536:
+        raise UsageError(f"there is no TCP port {request.port}", code="bad-port")
+    source = request.source
+    if isinstance(source, RawSource | Qcow2Source) and not source.path.exists():
+        raise NotFoundError(f"there is no {source.path}", code="source-missing")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _serve(program: str, request: ExportRequest) -> Endpoint:
+    backend: dict[str, str] = {}
+    if isinstance(request.source, Qcow2Source):
+        backend = _start_backend(request.source, request.run_dir)
+    if request.transport == "unix":
+        record = _start(program, request, None)
+        uri = command.unix_uri(request.run_dir / command.SOCKET)
+        return Endpoint(uri=uri, server={**record, **backend})
+    record = _start_on_port(program, request)
+    uri = command.tcp_uri(request.address, int(record["port"]))
+    return Endpoint(uri=uri, server={**record, **backend})
+
+
+def _start_backend(source: Qcow2Source, folder: Path) -> dict[str, str]:
+    ref = qemu_nbd.start(
+        source,
+        socket_path=folder / command.BACKEND_SOCKET,
+        pid_file=folder / command.BACKEND_PID_FILE,
+        log_path=folder / command.BACKEND_LOG,
+    )
+    return {f"backend_{key}": value for key, value in ref.to_strings().items()}
+
+
+def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
+    tries = _PORT_TRIES if request.port is None else 1
+    while True:
+        tries -= 1
+        port = request.port or _free_port(request.address)
+        try:
+            record = _start(program, request, port)
+        except UnavailableError as error:
+            if error.code == "port-taken" and tries:
+                continue  # somebody was faster between our look and the server's bind
+            raise
+        return {**record, "address": request.address, "port": str(port)}
+
+
+def _free_port(address: str) -> int:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _start(program: str, request: ExportRequest, port: int | None) -> dict[str, str]:
+    """Start one server and wait until it serves what was asked; on an error it is ended."""
+    built = command.build(program, request, port)
+    address: handshake.Address
+    address = str(request.run_dir / command.SOCKET) if port is None else (request.address, port)
+    log_path = request.run_dir / command.LOG
+    fd = os.open(
+        log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+    )
+    try:
+        process = run.spawn(
+            built.argv, stdout=fd, stderr=fd, env=built.env, cwd=Path("/"), new_session=True
+        )
+    finally:
+        os.close(fd)
+    try:
+        export = _wait_ready(process, request, address)
+        _check_export(export, request)
+        ref = _ref_of(process, request)
+    except BaseException:
+        run.terminate(process, grace_s=1.0)
+        raise
+    # The server is to outlive us: it is no longer ours to wait for.
+    process.returncode = 0
+    return ref.to_strings()
+
+
+def _ref_of(process: subprocess.Popen[bytes], request: ExportRequest) -> procs.ProcessRef:
+    ref = procs.ref_of(process.pid)
+    if ref is None:
+        raise _explain(request)
+    return ref
+
+
+def _wait_ready(
+    process: subprocess.Popen[bytes], request: ExportRequest, address: handshake.Address
+) -> handshake.Export:
+    """Ask what is exported until the server answers or ends.
+
+    Not before its pid file is there: until then, somebody else may answer on a port.
+    """
+    until = time.monotonic() + _READY_S
+    pid_file = request.run_dir / command.PID_FILE
+    while (left := until - time.monotonic()) > 0:
+        if process.poll() is not None:
+            raise _explain(request)
+        if pid_file.exists():
+            try:
+                return handshake.ask(address, timeout_s=left)
+            except UnavailableError as error:
+                raise _explain(request) from error
+            except OSError:
+                pass  # it listens but does not serve yet, or it has just ended
+        time.sleep(0.002)
+    raise UnavailableError(
+        f"the server of view {request.name} did not answer within {_READY_S:g} s",
+        code="server-failed",
+        hint=_last_words(request.run_dir),
+    )
+
+
+def _check_export(export: handshake.Export, request: ExportRequest) -> None:
+    """Never present something else than was asked for."""
+    if export.size_bytes != request.source.size_bytes:
+        raise IntegrityError(
+            f"view {request.name} would show {export.size_bytes} bytes, "
+            f"{request.source.size_bytes} are on record",
+            code="size-mismatch",
+            hint="the image was changed behind our back",
+        )
+    if export.read_only is request.writable or (
+        export.block_size_minimum != request.source.sector_size
+    ):
+        raise UnavailableError(
+            f"the server of view {request.name} does not keep to what was asked of it "
+            f"(read-only {export.read_only}, sectors of {export.block_size_minimum} bytes)",
+            code="server-failed",
+        )
+
+
+def _explain(request: ExportRequest) -> OffloadError:
+    """What the server's last words mean."""
+    words = _read_log(request.run_dir)
+    for line in words.splitlines():
+        if line.startswith("offload-error "):
+            return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
+    if _TAKEN_SIGN in words:
+        return UnavailableError(
+            f"port {request.port} of {request.address} is taken",
+            code="port-taken",
+            hint="choose another port, or leave it out for any free one",
+        )
+    if "nbdkit-python-plugin.so" in words and isinstance(request.source, BackupSource):
+        return UnavailableError(
+            "nbdkit has no Python plugin here",
+            code="program-missing",
+            hint="install it: apt-get install nbdkit-plugin-python",
+        )
+    return UnavailableError(
+        f"the server of view {request.name} failed: {_last_words(request.run_dir)}",
+        code="server-failed",
+    )
+
+
+def _raised_in_server(record: Mapping[str, str]) -> OffloadError:
+    """An error of opening the image, as it was raised inside the server."""
+    family = getattr(errors, record["family"], None)
+    made = family if isinstance(family, type) and issubclass(family, OffloadError) else OffloadError
+    return made(record["message"], hint=record["hint"], code=record["code"])
+
+
+def _read_log(run_dir: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (run_dir / command.LOG).read_text(errors="replace").strip()
+    return ""
+
+
+def _last_words(run_dir: Path) -> str:
+    lines = _read_log(run_dir).splitlines()
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def _ref(server: Mapping[str, str], prefix: str = "") -> procs.ProcessRef | None:
+    fields = {key: server.get(prefix + key, "") for key in ("pid", "start", "boot")}
+    return procs.ProcessRef.from_strings(fields)
+
+
+def _remove(run_dir: Path) -> None:
+    """The folder and its files; it has no folders, and whatever has is not a view's."""
+    try:
+        for path in list(run_dir.iterdir()):
+            path.unlink(missing_ok=True)
+        run_dir.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CleanupError(
+            f"cannot remove {error.filename or run_dir}: {error.strerror}", code="cleanup"
+        ) from error
