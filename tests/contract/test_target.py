@@ -1,0 +1,37 @@
+"""The targets of the project pass the contract suite, on the real servers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nbd
+import pytest
+
+from offload.target import Target
+from offload.testing.target import TargetClient, TargetContract
+from targets.nbd import NbdTarget
+
+
+class LibnbdClient:
+    def __init__(self, uri: str) -> None:
+        self._handle: Any = nbd.NBD()
+        self._handle.set_strict_mode(0)  # the server must refuse, not the library
+        self._handle.connect_uri(uri)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        return bytes(self._handle.pread(count, offset))
+
+    def pwrite(self, data: bytes, offset: int) -> None:
+        self._handle.pwrite(data, offset)
+
+    def close(self) -> None:
+        self._handle.shutdown()
+
+
+class TestNbdTarget(TargetContract):
+    @pytest.fixture
+    def target(self) -> Target:
+        return NbdTarget()
+
+    def connect(self, uri: str) -> TargetClient:
+        return LibnbdClient(uri)
