@@ -1,0 +1,87 @@
+"""Progress for people: bars on a terminal, lines elsewhere, always on stderr; none with JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from offload.cli.app import Settings
+from offload.progress import NoProgress, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+
+@contextmanager
+def progress(settings: Settings) -> Iterator[Progress]:
+    """What fits this run: bars, lines, or nothing."""
+    if settings.json or settings.quiet:
+        yield NoProgress()
+    elif sys.stderr.isatty():
+        with _bars() as bars:
+            yield BarProgress(bars)
+    else:
+        yield LineProgress()
+
+
+class LineProgress(NoProgress):
+    """Messages only: a log file is no place for bars."""
+
+    def message(self, text: str) -> None:
+        """One line on stderr."""
+        click.echo(text, err=True)
+
+
+def _bars() -> Bars:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=Console(stderr=True),
+    )
+
+
+class BarProgress:
+    """One bar a task. rich locks inside, so any thread may report."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def start(self, task: str, total_bytes: int | None) -> None:
+        """A new bar; it pulses where the total is not known."""
+        self._tasks[task] = self._bars.add_task(task, total=total_bytes)
+
+    def advance(self, task: str, count_bytes: int) -> None:
+        """Move the bar; a task that was never started moves nothing."""
+        if task in self._tasks:
+            self._bars.advance(self._tasks[task], count_bytes)
+
+    def finish(self, task: str) -> None:
+        """Fill the bar and stop its clock."""
+        if task in self._tasks:
+            number = self._tasks.pop(task)
+            done = next(t.completed for t in self._bars.tasks if t.id == number)
+            self._bars.update(number, total=done, completed=done)
+            self._bars.stop_task(number)
+
+    def message(self, text: str) -> None:
+        """A line above the bars."""
+        self._bars.console.print(text, markup=False, highlight=False)
