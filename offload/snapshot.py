@@ -20,7 +20,7 @@ class VolumeState:
     allocated_bytes: int
     extents: int  # how many extents a snapshot has to touch; 0 where it does not matter
     estimate_s: float  # how long the snapshot of it is expected to take
-    pool: str  # names the pool (file system, thin pool …) whose space it uses
+    pool: str  # names the pool (file system, thin pool …) whose space it uses; "" where none is
     pool_size_bytes: int
     pool_free_bytes: int
     needed_bytes: int  # space that a snapshot takes at once in the pool

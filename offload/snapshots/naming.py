@@ -33,6 +33,13 @@ def root_of(volume: Volume) -> Path:
     return volume.snapshot_dir or volume.path.parent / DEFAULT_ROOT
 
 
+def existing_part(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists already."""
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
 def ref_of(volume: Volume, instance: str, timemark: str, suffix: str) -> dict[str, str]:
     """The ref of a snapshot that is, or will be, made."""
     return {"path": str(root_of(volume) / instance / timemark / f"{volume.name}{suffix}")}

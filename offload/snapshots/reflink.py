@@ -288,9 +288,7 @@ def _check_cloneable(volume: Volume, fd: int) -> None:
     The kernel looks at both file systems first (EXDEV, EOPNOTSUPP) and at the range last (EINVAL):
     so EINVAL is the good answer, and nothing becomes shared.
     """
-    folder = naming.root_of(volume)
-    while not folder.is_dir():
-        folder = folder.parent
+    folder = naming.existing_part(naming.root_of(volume))
     try:
         target = os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     except OSError as error:
