@@ -10,8 +10,9 @@ from offload.errors import UsageError
 
 FORMS = "timemark:ID[/VOLUME], backup:ID[/VOLUME], or the name of a group"
 
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of groups, volumes and views
+
 _ID = re.compile(r"[0-9a-z]+")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 class OriginKind(StrEnum):
@@ -43,13 +44,13 @@ def parse_origin(text: str) -> Origin:
     """Read an ORIGIN. Raises UsageError (`bad-origin`) that names the accepted forms."""
     kind, colon, rest = text.partition(":")
     if not colon:
-        if _NAME.fullmatch(text):
+        if NAME.fullmatch(text):
             return Origin(kind=OriginKind.GROUP, id=text)
         raise _bad(text)
     wanted, slash, volume = rest.partition("/")
     if kind not in {OriginKind.TIMEMARK, OriginKind.BACKUP} or not _ID.fullmatch(wanted):
         raise _bad(text)
-    if slash and not _NAME.fullmatch(volume):
+    if slash and not NAME.fullmatch(volume):
         raise _bad(text)
     return Origin(kind=OriginKind(kind), id=wanted, volume=volume or None)
 

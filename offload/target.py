@@ -49,10 +49,17 @@ class Target(Protocol):
 
     name: str
 
+    def check(self, *, transport: str, address: str, port: int | None) -> None:
+        """Refuse what `export` would refuse whatever the image: before a TimeMark is taken for it.
+
+        Raises UsageError, UnavailableError (`program-missing`, `port-taken`). Changes nothing.
+        """
+        ...
+
     def export(self, request: ExportRequest) -> Endpoint:
         """Present the image; returns when the server really answers. On an error nothing is left.
 
-        Raises UnavailableError (`target-missing`, `port-taken`, `server-failed`).
+        Raises what `check` raises, and UnavailableError (`server-failed`).
         """
         ...
 

@@ -19,6 +19,7 @@ A writable view lies on nbdkit's `cow` filter: writes go to an unlinked temporar
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import json
 import os
@@ -35,6 +36,7 @@ from offload.errors import (
     IntegrityError,
     NotFoundError,
     OffloadError,
+    PrivilegeError,
     UnavailableError,
     UsageError,
 )
@@ -52,14 +54,37 @@ class NbdTarget:
 
     name = "nbd"
 
+    def check(self, *, transport: str, address: str, port: int | None) -> None:
+        """Refuse what cannot be served; see `offload.target`.
+
+        Raises UsageError (`bad-transport`, `not-loopback`, `bad-port`), UnavailableError
+        (`program-missing`, `port-taken`).
+        """
+        if transport not in {"unix", "tcp"}:
+            raise UsageError(
+                f"the target nbd has no transport '{transport}'",
+                code="bad-transport",
+                hint="it has unix and tcp",
+            )
+        run.require_program("nbdkit", "nbdkit")
+        if transport == "tcp":
+            _check_tcp(address, port)
+        elif port is not None:
+            raise UsageError(
+                "a port goes with the transport tcp only", code="bad-port", hint="leave it out"
+            )
+
     def export(self, request: ExportRequest) -> Endpoint:
         """Present the image; see `offload.target`.
 
-        Raises UsageError (`not-loopback`, `bad-transport`), NotFoundError (`source-missing`),
-        UnavailableError (`program-missing`, `port-taken`, `server-failed`), IntegrityError
-        (`size-mismatch`), and whatever opening the image raises in the server.
+        Raises what `check` raises, NotFoundError (`source-missing`), UnavailableError
+        (`server-failed`), IntegrityError (`size-mismatch`), and whatever opening the image raises
+        in the server.
         """
-        _check(request)
+        self.check(transport=request.transport, address=request.address, port=request.port)
+        source = request.source
+        if isinstance(source, RawSource | Qcow2Source) and not source.path.exists():
+            raise NotFoundError(f"there is no {source.path}", code="source-missing")
         program = run.require_program("nbdkit", "nbdkit")
         try:
             request.run_dir.mkdir(parents=True, mode=0o700)
@@ -98,25 +123,38 @@ class NbdTarget:
         return processes.unix_clients(ref.pid, run_dir / command.SOCKET)
 
 
-def _check(request: ExportRequest) -> None:
-    if request.transport not in {"unix", "tcp"}:
+def _check_tcp(address: str, port: int | None) -> None:
+    if not _is_loopback(address):
         raise UsageError(
-            f"the target nbd has no transport '{request.transport}'",
-            code="bad-transport",
-            hint="it has unix and tcp",
-        )
-    if request.transport == "tcp" and not _is_loopback(request.address):
-        raise UsageError(
-            f"{request.address} is no loopback address: NBD without TLS has neither authentication "
-            "nor encryption",
+            f"{address} is no loopback address: NBD without TLS has neither authentication nor "
+            "encryption",
             code="not-loopback",
             hint="use 127.0.0.1 or ::1, or the unix socket through an SSH tunnel",
         )
-    if request.port is not None and not 0 < request.port < 65536:
-        raise UsageError(f"there is no TCP port {request.port}", code="bad-port")
-    source = request.source
-    if isinstance(source, RawSource | Qcow2Source) and not source.path.exists():
-        raise NotFoundError(f"there is no {source.path}", code="source-missing")
+    if port is None:
+        return
+    if not 0 < port < 65536:
+        raise UsageError(f"there is no TCP port {port}", code="bad-port")
+    try:
+        _bind(address, port)
+    except PermissionError as error:
+        raise PrivilegeError(
+            f"port {port} is for root only", hint="choose one from 1024 on"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise UnavailableError(
+                f"cannot listen on {address}: {error.strerror}", code="bad-address"
+            ) from error
+        raise _port_taken(address, port) from error
+
+
+def _port_taken(address: str, port: int | None) -> UnavailableError:
+    return UnavailableError(
+        f"port {port} of {address} is taken",
+        code="port-taken",
+        hint="choose another port, or leave it out for any free one",
+    )
 
 
 def _is_loopback(address: str) -> bool:
@@ -153,7 +191,7 @@ def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
     tries = _PORT_TRIES if request.port is None else 1
     while True:
         tries -= 1
-        port = request.port or _free_port(request.address)
+        port = request.port or _bind(request.address, 0)
         try:
             record = _start(program, request, port)
         except UnavailableError as error:
@@ -163,12 +201,14 @@ def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
         return {**record, "address": request.address, "port": str(port)}
 
 
-def _free_port(address: str) -> int:
+def _bind(address: str, port: int) -> int:
+    """The port that a server would get: 0 asks for any free one. Nothing stays bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nbdkit does
+        probe.bind((address, port))
+        got: int = probe.getsockname()[1]
+        return got
 
 
 def _start(program: str, request: ExportRequest, port: int | None) -> dict[str, str]:
@@ -258,11 +298,7 @@ def _explain(request: ExportRequest) -> OffloadError:
         if line.startswith("offload-error "):
             return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
     if _TAKEN_SIGN in words:
-        return UnavailableError(
-            f"port {request.port} of {request.address} is taken",
-            code="port-taken",
-            hint="choose another port, or leave it out for any free one",
-        )
+        return _port_taken(request.address, request.port)
     if "nbdkit-python-plugin.so" in words and isinstance(request.source, BackupSource):
         return UnavailableError(
             "nbdkit has no Python plugin here",

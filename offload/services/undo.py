@@ -17,10 +17,12 @@ UndoAction = Callable[[Instance, Catalog, Args], None]
 ACTIONS = {
     "delete-snapshot": "offload.services.timemark:undo_snapshot",  # provider, ref (JSON)
     "forget-timemark": "offload.services.timemark:undo_timemark",  # id
-    "thaw-local": "offload.quiescers.local:undo_thaw",  # mounts (JSON)
-    "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # socket
-    "run-post": "offload.quiescers.local:undo_post",  # argv (JSON), timeout_s
+    "delete-fresh": "offload.services.timemark:undo_fresh",  # id
+    "thaw-local": "offload.quiescers.local:undo_thaw",  # marker, boot, mounts, qmp (JSON)
+    "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
+    "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
+    "stop-server": "offload.services.mount:undo_server",  # id, target, run_dir
     "abort-backup": "offload.services.backup:undo_backup",  # store_url, backup
     "remove-path": "offload.services.restore:undo_path",  # path of a temporary file of ours
 }

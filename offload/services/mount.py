@@ -1,0 +1,367 @@
+"""TimeViews: mount, unmount, what is mounted, and serving it again after a reboot.
+
+What a crash leaves at each step of `mount` (recovery ends the server, removes its folder and row,
+then deletes the TimeMark if it was made for this mount):
+
+| killed | left |
+| --- | --- |
+| `mount.timemark.intended` | perhaps a fresh TimeMark |
+| `mount.timemark.done` | a fresh TimeMark |
+| `mount.server.intended` | perhaps a server and its folder |
+| `mount.server.done` | a server that no catalog knows |
+| `mount.row.done`, `mount.commit.before` | a complete view that nobody was told of |
+| `mount.commit.after` | nothing: the view is mounted |
+
+`unmount` journals the same undo actions, so that recovery finishes it. `remount` journals only the
+end of the new server: the row stays, and the next recovery serves it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from offload import compose
+from offload.catalog.store import Catalog
+from offload.errors import BusyError, OffloadError, UsageError
+from offload.holds import hold_timemark
+from offload.ids import new_id
+from offload.instance import Instance
+from offload.journal import Operation
+from offload.model import View, ViewId, ViewState
+from offload.origin import NAME, Origin, OriginKind, parse_origin
+from offload.progress import Progress
+from offload.services import points, timemark
+from offload.services.context import Context
+from offload.services.points import Point
+from offload.services.undo import dump
+from offload.target import Client, ExportRequest
+
+_NAME_MAX = 63
+_SHORT_ID = 4  # characters of an id that a view's name shows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountOptions:
+    """How views are wanted. `name` and `port` only where there is exactly one."""
+
+    name: str | None = None
+    target: str = "nbd"
+    writable: bool = False  # on a throw-away overlay, lost with the server
+    transport: str = "unix"
+    address: str = "127.0.0.1"
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewStatus:
+    """A view, and what its target says about it now."""
+
+    view: View
+    alive: bool
+    clients: tuple[Client, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remounted:
+    """What `remount` did: the views that are served again, and what a person must know of it."""
+
+    views: tuple[View, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def mount(
+    ctx: Context,
+    origins: Sequence[str],
+    options: MountOptions | None = None,
+    progress: Progress | None = None,
+) -> list[View]:
+    """Present what `origins` name, all or none; a group's name takes a fresh TimeMark of it.
+
+    Raises UsageError, NotFoundError, BusyError (`name-taken`, `timemark-going`), and what the
+    TimeMark and the target raise.
+    """
+    options = options or MountOptions()
+    wanted = [parse_origin(text) for text in origins]
+    _check(ctx, wanted, options)
+    with ctx.journal.operation("mount", ", ".join(origins)) as op, ExitStack() as holds:
+        found: list[Point] = []
+        for origin in wanted:
+            if origin.kind is OriginKind.BACKUP:
+                found += points.of_backup(ctx, origin)
+                continue
+            if origin.kind is OriginKind.GROUP:
+                origin = _fresh(ctx, op, origin.id, progress)  # noqa: PLW2901
+            known = ctx.catalog.timemark(origin.id)
+            holds.enter_context(hold_timemark(ctx.instance, known.id))
+            found += points.of_timemark(ctx, origin)
+        taken = {view.name for view in ctx.catalog.views()}
+        views = []
+        for point in found:
+            name = options.name or _free_name(point, taken)
+            taken.add(name)
+            views.append(_serve(ctx, op, point, name, options))
+    return views
+
+
+def unmount(
+    ctx: Context, names: Sequence[str], *, all_views: bool = False, force: bool = False
+) -> list[View]:
+    """Take views away; all are checked before the first one goes.
+
+    Then a TimeMark that was made for them goes, if nothing else needs it. Raises UsageError,
+    NotFoundError, BusyError (`view-busy`: clients are connected and it is not forced).
+    """
+    if all_views == bool(names):
+        raise UsageError("name the views to unmount, or all", code="bad-views", hint="or: --all")
+    found = ctx.catalog.views() if all_views else [ctx.catalog.view(name) for name in names]
+    chosen = list({view.id: view for view in found}.values())
+    if not chosen:
+        return []
+    if not force:
+        for view in chosen:
+            _check_idle(ctx, view)
+    fresh = _fresh_timemarks(ctx, chosen)
+    with ctx.journal.operation("unmount", ", ".join(view.name for view in chosen)) as op:
+        for number in fresh:  # undone last
+            op.intend("timemark", "delete-fresh", {"id": number})
+        for view in chosen:
+            op.intend("server", "withdraw-view", _undo_args(ctx, view))
+        for view in chosen:
+            _take_away(ctx, op, view)
+        for number in fresh:
+            timemark.delete_if_unused(ctx, number)
+            op.done("timemark")
+    return chosen
+
+
+def views(ctx: Context) -> list[ViewStatus]:
+    """What is mounted, the newest last, and whether it is served now. Changes nothing."""
+    found = []
+    for view in ctx.catalog.views():
+        target, run_dir = compose.target(view.target), _run_dir(ctx, view.id)
+        alive = target.alive(run_dir, view.server)
+        clients = tuple(target.clients(run_dir, view.server)) if alive else ()
+        found.append(ViewStatus(view=view, alive=alive, clients=clients))
+    return found
+
+
+def remount(ctx: Context) -> Remounted:
+    """Serve again, at the same address, every view whose server is gone (a reboot, a kill).
+
+    One that cannot be served is a warning, and the next ones are tried all the same.
+    """
+    served, warnings = [], []
+    for status in views(ctx):
+        view = status.view
+        if status.alive or view.state is ViewState.CLOSING:
+            continue
+        try:
+            served.append(_serve_again(ctx, view))
+        except OffloadError as error:
+            warnings.append(f"view {view.name} cannot be served again: {error.message}")
+            continue
+        if view.writable:
+            warnings.append(
+                f"view {view.name} was writable: what had been written to it is lost, "
+                "it shows its origin again"
+            )
+    return Remounted(views=tuple(served), warnings=tuple(warnings))
+
+
+def undo_view(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+    """Take a view away, half made or half gone. `server` is what was known when it was intended."""
+    _withdraw(catalog, args)
+    catalog.delete_view(args["id"])
+
+
+def undo_server(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+    """End the server of a view that stays in the catalog."""
+    _withdraw(catalog, args)
+
+
+# -- before anything is changed ---------------------------------------------------------------
+
+
+def _check(ctx: Context, wanted: Sequence[Origin], options: MountOptions) -> None:
+    """Refuse before production is frozen for it."""
+    if not wanted:
+        raise UsageError("nothing to mount", code="bad-origin", hint="name an ORIGIN")
+    compose.target(options.target).check(
+        transport=options.transport, address=options.address, port=options.port
+    )
+    count = sum(len(points.volumes(ctx, origin)) for origin in wanted)
+    for option, value in (("name", options.name), ("port", options.port)):
+        if value is not None and count != 1:
+            raise UsageError(
+                f"one {option} cannot be given to {count} views",
+                code=f"{option}-for-several",
+                hint="mount one volume: ORIGIN/VOLUME, or leave it out",
+            )
+    if options.name is None:
+        return
+    if not NAME.fullmatch(options.name):
+        raise UsageError(
+            f"'{options.name}' is no name for a view",
+            code="bad-name",
+            hint="up to 63 lower-case letters, digits, '.', '_' and '-'; a letter or digit first",
+        )
+    if any(view.name == options.name for view in ctx.catalog.views()):
+        raise BusyError(
+            f"there is a view '{options.name}' already",
+            code="name-taken",
+            hint=f"choose another name, or: offload unmount {options.name}",
+        )
+
+
+def _check_idle(ctx: Context, view: View) -> None:
+    clients = compose.target(view.target).clients(_run_dir(ctx, view.id), view.server)
+    if clients:
+        who = ", ".join(c.address if c.pid is None else f"process {c.pid}" for c in clients)
+        number = f"{len(clients)} client" + ("s" if len(clients) > 1 else "")
+        raise BusyError(
+            f"view {view.name} has {number} connected ({who})",
+            code="view-busy",
+            hint="disconnect them first, or unmount with --force",
+        )
+
+
+# -- what is new ------------------------------------------------------------------------------
+
+
+def _fresh(ctx: Context, op: Operation, group: str, progress: Progress | None) -> Origin:
+    """A TimeMark made for this mount; its id is journalled before it exists."""
+    chosen = new_id()
+    op.intend("timemark", "delete-fresh", {"id": chosen})
+    options = timemark.CreateOptions(purpose="mount", id=chosen)
+    made = timemark.create(ctx, group, options, progress)
+    op.done("timemark")
+    return Origin(kind=OriginKind.TIMEMARK, id=made.id)
+
+
+def _free_name(point: Point, taken: set[str]) -> str:
+    """`GROUP-VOLUME-ID`, the id cut short; a number behind it where that is taken."""
+    number = 1
+    while True:
+        tail = f"-{point.id[:_SHORT_ID]}" + (f"-{number}" if number > 1 else "")
+        name = f"{point.group}-{point.volume}"[: _NAME_MAX - len(tail)] + tail
+        if name not in taken:
+            return name
+        number += 1
+
+
+# -- servers and rows -------------------------------------------------------------------------
+
+
+def _serve(ctx: Context, op: Operation, point: Point, name: str, options: MountOptions) -> View:
+    view_id = ViewId(new_id())
+    run_dir = _run_dir(ctx, view_id)
+    target = compose.target(options.target)
+    op.intend(
+        "server",
+        "withdraw-view",
+        {"id": view_id, "target": options.target, "run_dir": str(run_dir)},
+    )
+    endpoint = target.export(
+        ExportRequest(
+            view_id=view_id,
+            name=name,
+            source=point.source,
+            run_dir=run_dir,
+            writable=options.writable,
+            transport=options.transport,
+            address=options.address,
+            port=options.port,
+        )
+    )
+    op.done("server")
+    view = View(
+        id=view_id,
+        name=name,
+        origin=point.origin,
+        target=options.target,
+        uri=endpoint.uri,
+        writable=options.writable,
+        size_bytes=point.source.size_bytes,
+        sector_size=point.source.sector_size,
+        created_at=datetime.now(UTC),
+        source=point.source,
+        server=endpoint.server,
+    )
+    ctx.catalog.add_view(view)
+    op.done("row")
+    return view
+
+
+def _serve_again(ctx: Context, view: View) -> View:
+    target, run_dir = compose.target(view.target), _run_dir(ctx, view.id)
+    address = urlsplit(view.uri)
+    with ctx.journal.operation("remount", view.name) as op:
+        op.intend("server", "stop-server", _undo_args(ctx, view))
+        target.withdraw(run_dir, view.server)  # its folder, where no reboot has removed it
+        endpoint = target.export(
+            ExportRequest(
+                view_id=view.id,
+                name=view.name,
+                source=view.source,
+                run_dir=run_dir,
+                writable=view.writable,
+                transport="tcp" if address.hostname else "unix",
+                address=address.hostname or "",
+                port=address.port,
+            )
+        )
+        op.done("server")
+        again = replace(view, uri=endpoint.uri, server=endpoint.server)
+        ctx.catalog.update_view(again)
+        op.done("row")
+    return again
+
+
+def _take_away(ctx: Context, op: Operation, view: View) -> None:
+    ctx.catalog.update_view(replace(view, state=ViewState.CLOSING))
+    op.done("closing")
+    compose.target(view.target).withdraw(_run_dir(ctx, view.id), view.server)
+    op.done("server")
+    ctx.catalog.delete_view(view.id)
+    op.done("row")
+
+
+def _withdraw(catalog: Catalog, args: Mapping[str, str]) -> None:
+    server: Mapping[str, str] = json.loads(args.get("server", "{}"))
+    known = next((view for view in catalog.views() if view.id == args["id"]), None)
+    if known is not None:  # newer than what was intended
+        server = known.server
+    compose.target(args["target"]).withdraw(Path(args["run_dir"]), server)
+
+
+def _fresh_timemarks(ctx: Context, chosen: Sequence[View]) -> list[str]:
+    """TimeMarks that were made for a mount and that only these views show."""
+    going = {view.id for view in chosen}
+    stay = {_timemark_of(view) for view in ctx.catalog.views() if view.id not in going}
+    made = {t.id for t in ctx.catalog.timemarks() if t.purpose == "mount"}
+    found = dict.fromkeys(number for view in chosen if (number := _timemark_of(view)))
+    return [number for number in found if number not in stay and number in made]
+
+
+def _timemark_of(view: View) -> str | None:
+    origin = parse_origin(view.origin)
+    return origin.id if origin.kind is OriginKind.TIMEMARK else None
+
+
+def _undo_args(ctx: Context, view: View) -> dict[str, str]:
+    return {
+        "id": view.id,
+        "target": view.target,
+        "run_dir": str(_run_dir(ctx, view.id)),
+        "server": dump(dict(view.server)),
+    }
+
+
+def _run_dir(ctx: Context, view_id: str) -> Path:
+    return ctx.instance.views_dir / view_id

@@ -1,0 +1,101 @@
+"""From an origin to the volumes that can be read at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload import compose
+from offload.errors import NotFoundError
+from offload.model import BackupSource, Source, TimeMark
+from offload.origin import Origin, OriginKind
+from offload.services.context import Context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One volume at one point in time: `origin` in full, `id` of the TimeMark or backup."""
+
+    origin: str
+    group: str
+    volume: str
+    id: str
+    source: Source
+
+
+def volumes(ctx: Context, origin: Origin) -> tuple[str, ...]:
+    """The volumes that an origin stands for; NotFoundError (`unknown-volume`)."""
+    if origin.kind is OriginKind.GROUP:
+        return ctx.instance.config.group(origin.id).volumes
+    if origin.kind is OriginKind.TIMEMARK:
+        there = tuple(s.volume for s in ctx.catalog.timemark(origin.id).snapshots)
+    else:
+        there = tuple(i.volume for i in ctx.catalog.backup(origin.id).images)
+    if origin.volume is None:
+        return there
+    if origin.volume not in there:
+        raise NotFoundError(
+            f"{origin.kind} {origin.id} has no volume '{origin.volume}'",
+            code="unknown-volume",
+            hint=f"it has {', '.join(there)}",
+        )
+    return (origin.volume,)
+
+
+def of_timemark(ctx: Context, origin: Origin) -> list[Point]:
+    """The volumes of a TimeMark that an origin names. Ask under a hold on it.
+
+    Raises NotFoundError (`unknown-timemark`, `unknown-volume`, `snapshot-missing`).
+    """
+    wanted = volumes(ctx, origin)
+    known = ctx.catalog.timemark(origin.id)
+    return [
+        Point(
+            origin=f"{OriginKind.TIMEMARK}:{known.id}/{volume}",
+            group=known.group,
+            volume=volume,
+            id=known.id,
+            source=_snapshot_source(ctx, known, volume),
+        )
+        for volume in wanted
+    ]
+
+
+def _snapshot_source(ctx: Context, known: TimeMark, volume: str) -> Source:
+    snapshot = known.snapshot(volume)
+    assert snapshot is not None  # noqa: S101 - `volumes` has looked
+    provider = compose.snapshot_provider(snapshot.provider, ctx.instance.id)
+    if not provider.exists(dict(snapshot.ref)):
+        raise NotFoundError(
+            f"the snapshot of volume {volume} of timemark {known.id} is gone from its pool",
+            code="snapshot-missing",
+            hint=f"nothing can be read from it any more: offload timemark delete {known.id}",
+        )
+    return provider.source(snapshot)
+
+
+def of_backup(ctx: Context, origin: Origin) -> list[Point]:
+    """The volumes of a backup that an origin names.
+
+    Raises NotFoundError (`unknown-backup`, `unknown-volume`, `unknown-store`).
+    """
+    wanted = volumes(ctx, origin)
+    known = ctx.catalog.backup(origin.id)
+    store = ctx.instance.config.store(known.store)
+    return [
+        Point(
+            origin=f"{OriginKind.BACKUP}:{known.id}/{image.volume}",
+            group=known.group,
+            volume=image.volume,
+            id=known.id,
+            source=BackupSource(
+                store_url=str(store.path),
+                backup=known.id,
+                volume=image.volume,
+                size_bytes=image.size_bytes,
+                sector_size=image.sector_size,
+                cache_dir=ctx.instance.cache_dir,
+            ),
+        )
+        for image in known.images
+        if image.volume in wanted
+    ]
