@@ -1,0 +1,37 @@
+"""Fixtures that several areas share: real pools, and what a test needs to run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from offload.testing.pools import loop_pool
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if os.geteuid() != 0 and item.get_closest_marker("needs_root"):
+        pytest.skip("needs root")
+
+
+@pytest.fixture
+def xfs_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The mount point of a fresh XFS with reflinks, 1 GiB, sparse. Mark the test `needs_root`."""
+    with loop_pool(tmp_path_factory.mktemp("pool"), "xfs") as point:
+        yield point
+
+
+@pytest.fixture
+def btrfs_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The mount point of a fresh btrfs, 1 GiB, sparse. Mark the test `needs_root`."""
+    with loop_pool(tmp_path_factory.mktemp("pool"), "btrfs") as point:
+        yield point
+
+
+@pytest.fixture
+def ext4_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The mount point of a fresh ext4, 64 MiB: small, and without reflinks."""
+    with loop_pool(tmp_path_factory.mktemp("pool"), "ext4", size_bytes=64 << 20) as point:
+        yield point
