@@ -24,8 +24,10 @@ class Quiescer(Protocol):
         PrivilegeError, PolicyError. Changes nothing."""
         ...
 
-    def undo(self) -> tuple[str, dict[str, str]]:
-        """The journal's undo action and its arguments (`thaw-…`), valid before `arm`."""
+    def undos(self) -> list[tuple[str, dict[str, str]]]:
+        """The journal's undo actions and their arguments, in the order in which to intend them
+        (they are undone in reverse). Valid before `arm`; harmless where nothing was frozen, and
+        where the thaw has been done."""
         ...
 
     def arm(self, deadline_s: float) -> None:
@@ -41,7 +43,8 @@ class Quiescer(Protocol):
         ...
 
     def thaw(self) -> None:
-        """Let the writers go. Idempotent. Raises UnavailableError if it cannot be confirmed."""
+        """Let the writers go. Idempotent. Raises UnavailableError if it cannot be confirmed, or
+        if a command that must follow failed (`hook-failed`; then the writers do go on)."""
         ...
 
     def close(self) -> None:
