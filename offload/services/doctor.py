@@ -278,10 +278,10 @@ def _store(name: str, entry: StoreConfig) -> Check:
                     required=True,
                 )
             layout.decode_parameters(store.get(layout.STORE_OBJECT), store.url)
-            free = store.free_bytes()
+            space = store.space_bytes()
     except OffloadError as error:
         return Check(
             name=label, status=Status.MISSING, detail=error.message, fix=error.hint, required=True
         )
-    left = "" if free is None else f", {show_size(free)} free"
+    left = "" if space is None else f", {show_size(space[0])} free"
     return Check(name=label, status=Status.OK, detail=f"{entry.path}{left}", required=True)

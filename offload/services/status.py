@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from offload import compose
-from offload.errors import OffloadError
 from offload.journal import Leftover
-from offload.model import Backup, TimeMark, View
+from offload.model import Backup, TimeMark
 from offload.quantity import show_size
+from offload.services import mount
 from offload.services.context import Context
 from offload.services.pools import survey
 from offload.services.volumes import VolumeReport, look_at_all
@@ -47,6 +46,7 @@ class ViewStatus:
     origin: str
     uri: str
     alive: bool
+    clients: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
     at = now or datetime.now(UTC)
     reports = look_at_all(context.instance.config)
     pools = _pools(context, reports)
-    views = tuple(_view(context, view) for view in context.catalog.views())
+    views = tuple(_view(status) for status in mount.views(context))
     known = context.catalog.backups()
     leftovers = tuple(_leftover(entry) for entry in context.journal.leftovers())
     alarms = [
@@ -144,13 +144,16 @@ def _groups(context: Context) -> tuple[GroupStatus, ...]:
     )
 
 
-def _view(context: Context, view: View) -> ViewStatus:
-    run_dir = context.instance.views_dir / view.id
-    try:
-        alive = compose.target(view.target).alive(run_dir, view.server)
-    except OffloadError:  # a target of another version: nobody here serves it
-        alive = False
-    return ViewStatus(id=view.id, name=view.name, origin=view.origin, uri=view.uri, alive=alive)
+def _view(status: mount.ViewStatus) -> ViewStatus:
+    view = status.view
+    return ViewStatus(
+        id=view.id,
+        name=view.name,
+        origin=view.origin,
+        uri=view.uri,
+        alive=status.alive,
+        clients=len(status.clients),
+    )
 
 
 def _backups(context: Context, known: Sequence[Backup], now: datetime) -> tuple[BackupStatus, ...]:

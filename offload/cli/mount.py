@@ -1,0 +1,155 @@
+"""`offload mount`, `offload unmount`, `offload views`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offload.cli import complete
+from offload.cli.app import Command, settings_of
+from offload.cli.bars import progress
+from offload.cli.output import emit, show_time, table
+from offload.cli.session import changing_context, reading_context
+from offload.quantity import show_size
+
+if TYPE_CHECKING:
+    from offload.model import View
+    from offload.services.mount import ViewStatus
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "offload mount shop",
+        "offload mount timemark:k3f9/shop-db --name inspect",
+        "offload mount backup:b7k2/shop-db --writable",
+        "offload mount backup:b7k2/shop-db --tcp --port 10809",
+    ],
+)
+@click.argument(
+    "origins", nargs=-1, required=True, metavar="ORIGIN...", shell_complete=complete.origins
+)
+@click.option("--name", help="The view's name; for one volume only.")
+@click.option("--target", default="nbd", show_default=True, help="What serves it.")
+@click.option(
+    "--writable", is_flag=True, help="On a throw-away overlay, which is lost with the server."
+)
+@click.option("--tcp", is_flag=True, help="On a TCP port instead of a unix socket.")
+@click.option("--address", help="With --tcp: the address to listen on; default: 127.0.0.1.")
+@click.option("--port", type=click.IntRange(1, 65535), help="With --tcp: the port; default: free.")
+@click.pass_context
+def mount(
+    ctx: click.Context,
+    origins: tuple[str, ...],
+    *,
+    name: str | None,
+    target: str,
+    writable: bool,
+    tcp: bool,
+    address: str | None,
+    port: int | None,
+) -> None:
+    """Present points in time as block devices (TimeViews).
+
+    ORIGIN is timemark:ID[/VOLUME], backup:ID[/VOLUME], or a group's name for a fresh TimeMark of
+    it, which goes with its last view. Without a VOLUME each one becomes a view. All or none.
+    """
+    from offload.services import mount as service
+
+    if not tcp and (address is not None or port is not None):
+        raise click.UsageError("--address and --port need --tcp")
+    settings = settings_of(ctx)
+    options = service.MountOptions(
+        name=name,
+        target=target,
+        writable=writable,
+        transport="tcp" if tcp else "unix",
+        address=address or "127.0.0.1",
+        port=port,
+    )
+    with changing_context(settings) as context, progress(settings) as shown:
+        made = service.mount(context, origins, options, shown)
+    rows = [[view.name, show_size(view.size_bytes), view.origin, view.uri] for view in made]
+    emit(
+        settings,
+        [view_fields(view) for view in made],
+        lambda: table(["name", "size", "origin", "uri"], rows, ""),
+    )
+
+
+@click.command(
+    cls=Command,
+    examples=["offload unmount inspect", "offload unmount --all", "offload unmount v1 --force"],
+)
+@click.argument("names", nargs=-1, metavar="VIEW...", shell_complete=complete.views)
+@click.option("--all", "all_views", is_flag=True, help="Every view of this instance.")
+@click.option("--force", is_flag=True, help="Even where clients are connected.")
+@click.pass_context
+def unmount(ctx: click.Context, names: tuple[str, ...], all_views: bool, force: bool) -> None:
+    """Withdraw TimeViews, by name or id. A view with a client is refused unless --force."""
+    from offload.services import mount as service
+
+    settings = settings_of(ctx)
+    with changing_context(settings) as context:
+        gone = service.unmount(context, names, all_views=all_views, force=force)
+
+    def human() -> None:
+        for view in gone:
+            click.echo(f"unmounted {view.name}")
+        if not gone:
+            click.echo("no views are mounted", err=True)
+
+    emit(settings, [view_fields(view) for view in gone], human)
+
+
+@click.command(cls=Command, examples=["offload views", "offload views --json"])
+@click.pass_context
+def views(ctx: click.Context) -> None:
+    """List the TimeViews that are mounted, the newest last."""
+    from offload.services import mount as service
+
+    settings = settings_of(ctx)
+    with reading_context(settings) as context:
+        found = service.views(context)
+    rows = [
+        [
+            entry.view.name,
+            entry.view.id,
+            _state(entry),
+            show_size(entry.view.size_bytes),
+            show_time(entry.view.created_at),
+            entry.view.origin,
+            entry.view.uri,
+        ]
+        for entry in found
+    ]
+    data = [
+        {**view_fields(entry.view), "alive": entry.alive, "clients": entry.clients}
+        for entry in found
+    ]
+    header = ["name", "id", "state", "size", "mounted", "origin", "uri"]
+    emit(settings, data, lambda: table(header, rows, "no views are mounted"))
+
+
+def _state(entry: ViewStatus) -> str:
+    if not entry.alive:
+        return "dead"
+    mode = "writable" if entry.view.writable else "read-only"
+    return f"{mode}, {len(entry.clients)} clients" if entry.clients else mode
+
+
+def view_fields(view: View) -> dict[str, Any]:
+    """A view as JSON: without the records that only the server's own code reads."""
+    return {
+        "id": view.id,
+        "name": view.name,
+        "uri": view.uri,
+        "origin": view.origin,
+        "target": view.target,
+        "writable": view.writable,
+        "size_bytes": view.size_bytes,
+        "sector_size": view.sector_size,
+        "created_at": view.created_at,
+        "state": view.state,
+    }

@@ -1,0 +1,138 @@
+"""`offload store`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from offload.cli import complete
+from offload.cli.app import Group, settings_of
+from offload.cli.output import emit, facts, table
+from offload.cli.session import changing_context, reading_context
+from offload.errors import IntegrityError
+from offload.quantity import show_size
+
+if TYPE_CHECKING:
+    from offload.services.stores import CheckReport, StoreSummary
+
+
+@click.group(cls=Group, examples=["offload store init main", "offload store list"])
+def store() -> None:
+    """Where backups live."""
+
+
+@store.command("init", examples=["offload store init main"])
+@click.argument("name", shell_complete=complete.stores)
+@click.pass_context
+def init(ctx: click.Context, name: str) -> None:
+    """Make the store NAME of the configuration. Its folder must be empty or missing."""
+    from offload.services import stores
+
+    settings = settings_of(ctx)
+    with changing_context(settings) as context:
+        made = stores.init(context, name)
+    emit(settings, made, lambda: _show(made))
+
+
+@store.command("list", examples=["offload store list", "offload store list --json"])
+@click.pass_context
+def list_(ctx: click.Context) -> None:
+    """List the configured stores. One that cannot be opened says why in its row."""
+    from offload.services import stores
+
+    settings = settings_of(ctx)
+    with reading_context(settings) as context:
+        found = stores.listing(context)
+    rows = [
+        [
+            entry.name,
+            entry.kind,
+            str(entry.backups),
+            _size(entry.stored_bytes),
+            _size(entry.free_bytes),
+            entry.url,
+            entry.state,
+        ]
+        for entry in found
+    ]
+    header = ["name", "kind", "backups", "stored", "free", "where", "state"]
+    emit(settings, found, lambda: table(header, rows, "no stores are configured"))
+
+
+@store.command("show", examples=["offload store show main"])
+@click.argument("name", shell_complete=complete.stores)
+@click.pass_context
+def show(ctx: click.Context, name: str) -> None:
+    """Show one store: what it holds, its format, its space."""
+    from offload.services import stores
+
+    settings = settings_of(ctx)
+    with reading_context(settings) as context:
+        found = stores.show(context, name)
+    emit(settings, found, lambda: _show(found))
+
+
+@store.command(
+    "check",
+    examples=["offload store check main", "offload store check main --rebuild-catalog"],
+)
+@click.argument("name", shell_complete=complete.stores)
+@click.option(
+    "--rebuild-catalog",
+    is_flag=True,
+    help="Enter what the store holds into the catalog, and drop what it does not.",
+)
+@click.pass_context
+def check(ctx: click.Context, name: str, rebuild_catalog: bool) -> None:
+    """Check a store's structure, without reading the data: that is `offload verify`.
+
+    The exit code is 7 if something is wrong.
+    """
+    from offload.services import stores
+
+    settings = settings_of(ctx)
+    opened = changing_context if rebuild_catalog else reading_context
+    with opened(settings) as context:
+        report = stores.check(context, name, rebuild_catalog=rebuild_catalog)
+    emit(settings, report, lambda: _checked(report))
+    if report.problems:
+        count = len(report.problems)
+        raise IntegrityError(
+            f"store {name} has {count} problem" + ("s" if count > 1 else ""),
+            code="store-damaged",
+            hint=f"see what is hit: offload verify --all --store {name}",
+        )
+
+
+def _checked(report: CheckReport) -> None:
+    for problem in report.problems:
+        click.echo(f"PROBLEM: {problem}")
+    click.echo(f"{report.backups} backups, {report.packs} packs, {report.chunks} chunks looked at")
+    if report.orphan_packs:
+        click.echo(f"{len(report.orphan_packs)} packs belong to no backup: offload prune")
+    if report.rebuilt is not None:
+        click.echo(f"{report.rebuilt} backups entered in the catalog")
+
+
+def _show(entry: StoreSummary) -> None:
+    facts(
+        [
+            ("name", entry.name),
+            ("kind", entry.kind),
+            ("where", entry.url),
+            ("id", entry.id),
+            ("state", entry.state),
+            ("format", str(entry.format_version)),
+            ("backups", str(entry.backups)),
+            ("packs", str(entry.packs)),
+            ("chunks", str(entry.chunks)),
+            ("holds", f"{_size(entry.raw_bytes)} in {_size(entry.stored_bytes)}"),
+            ("free", f"{_size(entry.free_bytes)} of {_size(entry.size_bytes)}"),
+            ("chunk size", _size(entry.chunk_bytes)),
+        ]
+    )
+
+
+def _size(count: int | None) -> str:
+    return "-" if count is None else show_size(count)
