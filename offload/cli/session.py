@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def only_context(settings: Settings) -> Iterator[Context]:
+    """The opened instance and nothing more: for the command that is about leftovers."""
+    from offload.services.context import open_context
+
+    with open_context(settings.config_path) as context:
+        yield context
+
+
+@contextmanager
 def reading_context(settings: Settings) -> Iterator[Context]:
     """The opened instance. What a dead process left is reported, never touched."""
     from offload.services.context import open_context

@@ -1,0 +1,76 @@
+"""`offload recover`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offload.cli.app import Command, settings_of
+from offload.cli.mount import view_fields
+from offload.cli.output import emit
+from offload.cli.session import only_context
+
+if TYPE_CHECKING:
+    from offload.journal import Leftover
+    from offload.services.recover import RecoverReport
+
+
+@click.command(
+    cls=Command,
+    examples=["offload recover --dry-run", "offload recover", "offload recover --orphans"],
+)
+@click.option(
+    "--orphans",
+    is_flag=True,
+    help="Also delete snapshots of this instance that the catalog does not know.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.pass_context
+def recover(ctx: click.Context, orphans: bool, dry_run: bool) -> None:
+    """Take back what a dead process left, and serve again the views whose server is gone.
+
+    Each command that changes something takes leftovers back first; this one also remounts (after a
+    reboot) and names orphans. Orphans are never deleted unasked: where the catalog is lost they are
+    the last TimeMarks there are.
+    """
+    from offload.services import recover as service
+
+    settings = settings_of(ctx)
+    with only_context(settings) as context:
+        report = service.recover(context, orphans=orphans, dry_run=dry_run)
+    emit(settings, _data(report, dry_run), lambda: _show(report, dry_run))
+
+
+def _data(report: RecoverReport, dry_run: bool) -> dict[str, Any]:
+    return {
+        "dry_run": dry_run,
+        "undone": [_leftover(entry) for entry in report.undone],
+        "remounted": [view_fields(view) for view in report.remounted],
+        "orphans": report.orphans,
+        "orphans_deleted": report.orphans_deleted,
+    }
+
+
+def _leftover(entry: Leftover) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "kind": entry.kind,
+        "subject": entry.subject,
+        "began_at": entry.began_at,
+        "steps": [intent.step for intent in entry.intents],
+    }
+
+
+def _show(report: RecoverReport, dry_run: bool) -> None:
+    would = "would be " if dry_run else ""
+    for entry in report.undone:
+        click.echo(f"{would}taken back: {entry.kind} {entry.subject} of {entry.began_at}")
+    for view in report.remounted:
+        click.echo(f"{would}remounted: {view.name} at {view.uri}")
+    for orphan in report.orphans:
+        where = " ".join(f"{key}={value}" for key, value in orphan.ref.items())
+        fate = "deleted" if report.orphans_deleted else "left alone (--orphans deletes it)"
+        click.echo(f"orphan {orphan.provider} snapshot {where}: {fate}")
+    if not (report.undone or report.remounted or report.orphans):
+        click.echo("nothing to recover")
