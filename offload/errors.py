@@ -67,7 +67,7 @@ class IntegrityError(OffloadError):
 
 
 class CleanupError(OffloadError):
-    """The job itself ended, but something could not be taken back; `offload recover` tries again."""
+    """Something could not be taken back; `offload recover` tries again."""
 
     code = "cleanup"
     exit_code = 8

@@ -60,7 +60,7 @@ def open_instance(config: Config, config_path: Path | None) -> Instance:
         raise ConfigError(
             f"cannot use {error.filename or state}: {error.strerror}",
             code="state-unusable",
-            hint="choose folders that you may write: state_dir and runtime_dir in the configuration",
+            hint="choose folders that you may write: state_dir and runtime_dir",
         ) from error
     if len(os.fsencode(runtime / "views" / new_id() / "nbd.sock")) > _SUN_PATH_MAX:
         raise ConfigError(
@@ -93,7 +93,7 @@ def _instance_id(state: Path) -> str:
         if text:
             return text
         raise UnavailableError(
-            f"{path} is empty", hint="restore it, or remove it if nothing is mounted"
+            f"{path} is empty", hint="restore it; remove it only if nothing is mounted"
         )
     fresh = new_id()
     temp = state / f".instance.{fresh}"

@@ -12,7 +12,7 @@ that recovery finishes it. What a crash leaves:
 | at | is there | recovery |
 | --- | --- | --- |
 | header written, no intent | an empty operation | the file goes |
-| intent torn in writing | a last line without its end; its change never began | that line is ignored |
+| intent torn in writing | a last line without end; its change never began | it is ignored |
 | intent durable | perhaps the change | undo (already gone is success) |
 | commit: file unlinked | the change, complete | nothing |
 

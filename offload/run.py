@@ -19,7 +19,8 @@ from pathlib import Path
 from offload.errors import UnavailableError
 
 _KEEP_ENV = (
-    "PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "LIBGUESTFS_BACKEND", "LIBGUESTFS_BACKEND_SETTINGS",
+    "PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR",
+    "LIBGUESTFS_BACKEND", "LIBGUESTFS_BACKEND_SETTINGS",
 )  # fmt: skip
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STDERR_TAIL = 2000

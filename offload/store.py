@@ -57,8 +57,8 @@ class Store(Protocol):
         """
         ...
 
-    def free_bytes(self) -> int | None:
-        """Space left, or None where there is no such limit."""
+    def space_bytes(self) -> tuple[int, int] | None:
+        """Space left and the whole, or None where there is no such limit."""
         ...
 
     def close(self) -> None:

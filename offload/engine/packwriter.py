@@ -10,6 +10,7 @@ from types import TracebackType
 import zstandard
 
 from offload.engine.repository import Repository
+from offload.errors import UnavailableError
 from offload.format import layout
 from offload.format.index import encode_index
 from offload.format.pack import (
@@ -22,6 +23,7 @@ from offload.format.pack import (
     record_header,
 )
 from offload.journal import step
+from offload.quantity import Watermark, show_size
 from offload.store import Buffer
 
 _PACKS_IN_FLIGHT = 2  # beside the one being filled: bounds memory to about three packs
@@ -64,12 +66,15 @@ class PackWriter:
     the store under the writer's id, and the caller's journal removes them).
     """
 
-    def __init__(self, repository: Repository, writer: str) -> None:
+    def __init__(
+        self, repository: Repository, writer: str, min_free: Watermark | None = None
+    ) -> None:
         self.repository = repository
         self.writer = writer
         self.stored_bytes = 0
         self.packs: dict[str, list[Entry]] = {}
         self._keys = repository.keys
+        self._min_free = min_free or Watermark()
         self._mutex = threading.Lock()
         self._mine: set[bytes] = set()
         self._entries: list[Entry] = []
@@ -99,15 +104,15 @@ class PackWriter:
         raw: bytes | bytearray | memoryview,
         compress: Callable[[bytes | bytearray | memoryview], tuple[int, bytes]],
         ident: bytes | None = None,
-    ) -> tuple[bytes, bool]:
-        """Store a chunk unless the store has it; returns its id and whether it is new."""
+    ) -> tuple[bytes, int]:
+        """Store a chunk unless the store has it; returns its id and the bytes its record takes
+        (0: the store has it)."""
         if ident is None:
             ident = chunk_id(kind, raw, self._keys)
         if not self.claim(ident):
-            return ident, False
+            return ident, 0
         encoding, payload = compress(raw)
-        self.append(ident, kind, encoding, len(raw), payload)
-        return ident, True
+        return ident, self.append(ident, kind, encoding, len(raw), payload)
 
     def claim(self, ident: bytes) -> bool:
         """True for the first to ask for a chunk that the store does not have: it must append it."""
@@ -121,8 +126,8 @@ class PackWriter:
 
     def append(
         self, ident: bytes, kind: int, encoding: int, raw_length: int, payload: bytes
-    ) -> None:
-        """Append an encoded chunk. Raises what a background put raised."""
+    ) -> int:
+        """Append an encoded chunk; returns its record's bytes. Raises what a background put did."""
         if self._failure is not None:
             raise self._failure
         with self._mutex:
@@ -132,6 +137,7 @@ class PackWriter:
             self._size = entry.end
             if self._size >= self.repository.parameters.pack_bytes:
                 self._hand_over()
+        return entry.end - entry.offset
 
     def _hand_over(self) -> None:
         """Close the pack being filled and queue it (waits while too many are under way)."""
@@ -149,21 +155,36 @@ class PackWriter:
                 continue  # drain, so that nobody waits for ever
             name, parts = item
             try:
+                self._check_room(sum(len(part) for part in parts))
                 self.stored_bytes += self.repository.store.put(name, parts)
             except BaseException as error:  # noqa: BLE001 - raised again in the writer's thread
                 self._failure = error
 
-    def finish(self) -> str | None:
-        """Put what is left and the index object; returns the index object's name, or None if
-        nothing new was written. After this every chunk that was added can be read from the store.
-        """
+    def _check_room(self, size: int) -> None:
+        space = self.repository.store.space_bytes()
+        if space is not None and space[0] - size < self._min_free.of(space[1]):
+            raise UnavailableError(
+                f"the store {self.repository.store.url} has {show_size(space[0])} left, and "
+                f"{show_size(self._min_free.of(space[1]))} must stay free",
+                code="no-space",
+                hint="make room, run offload prune, or lower min_free of the store",
+            )
+
+    def flush(self) -> dict[str, list[Entry]]:
+        """Put the last pack and wait for all; returns what is in the packs. Ends the writer."""
         with self._mutex:
             self._hand_over()
         self._queue.put(None)
         self._putter.join()
         if self._failure is not None:
             raise self._failure
-        if not self.packs:
+        return self.packs
+
+    def finish(self) -> str | None:
+        """Put what is left and the index object; returns the index object's name, or None if
+        nothing new was written. After this every chunk that was added can be read from the store.
+        """
+        if not self.flush():
             return None
         step("store.packs.written")
         name = layout.index_name(self.writer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from pathlib import Path
 
 import zstandard
@@ -11,9 +13,11 @@ from offload.errors import IntegrityError, NotFoundError, UnavailableError
 from offload.format import layout
 from offload.format.index import decode_index
 from offload.format.layout import Parameters
-from offload.format.pack import Encoding, Entry, Kind, chunk_id
+from offload.format.pack import Encoding, Entry, Kind, chunk_id, read_footer, scan_records
 from offload.format.tree import Shape
 from offload.store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Repository:
@@ -53,7 +57,21 @@ class Repository:
         self.index.refresh(self.store.list(layout.INDEXES), self._load_index)
 
     def _load_index(self, name: str) -> dict[str, list[Entry]]:
-        return decode_index(name, self.store.get(name), self.keys)
+        """One index object; where it is damaged, the footers of all packs instead."""
+        try:
+            return decode_index(name, self.store.get(name), self.keys)
+        except IntegrityError as error:
+            log.warning("%s; reading the packs themselves", error.message)
+            return {pack: self.pack_entries(pack) for pack in self.store.list(layout.PACKS)}
+
+    def pack_entries(self, name: str) -> list[Entry]:
+        """What is in a pack: by its footer, or, if that is damaged, by its records."""
+        try:
+            return read_footer(
+                name, self.store.size(name), partial(self.store.get_range, name), self.keys
+            )
+        except IntegrityError:
+            return list(scan_records(name, memoryview(self.store.get(name))))
 
     def shape(self, size_bytes: int) -> Shape:
         """The tree geometry of an image of this size."""

@@ -39,6 +39,7 @@ class Counts:
     read_bytes: int = 0
     zero_bytes: int = 0  # read and found to be zeros
     new_bytes: int = 0  # stored for the first time, before compression
+    stored_bytes: int = 0  # compressed, with record headers; tree pages counted
     known_bytes: int = 0  # read, but the store had it
     chunks_new: int = 0
     deltas_new: int = 0
@@ -111,7 +112,10 @@ class _ImageWriter:
 
     def _put_page(self, raw: bytes) -> bytes:
         with self._page_mutex:
-            return self.writer.add(Kind.PAGE, raw, self._page_codec.compress)[0]
+            ident, stored = self.writer.add(Kind.PAGE, raw, self._page_codec.compress)
+        with self._mutex:
+            self.counts.stored_bytes += stored
+        return ident
 
     @contextmanager
     def _tool(self) -> Iterator[_Tool]:
@@ -249,7 +253,8 @@ class _ImageWriter:
             return same
         if self.writer.claim(ident):
             encoding, payload = tool.compressor.compress(chunk)
-            self.writer.append(ident, Kind.DATA, encoding, len(chunk), payload)
+            stored = self.writer.append(ident, Kind.DATA, encoding, len(chunk), payload)
+            tool.counts.stored_bytes += stored
             tool.counts.new_bytes += len(chunk)
             tool.counts.chunks_new += 1
         else:
@@ -301,8 +306,9 @@ class _ImageWriter:
 
     def _store_delta(self, old: Leaf, local: Ranges, chunk: memoryview, tool: _Tool) -> Leaf:
         raw = encode_delta(align(local, 512, len(chunk)), chunk)
-        ident, new = self.writer.add(Kind.DELTA, raw, tool.compressor.compress)
-        if new:
+        ident, stored = self.writer.add(Kind.DELTA, raw, tool.compressor.compress)
+        if stored:
+            tool.counts.stored_bytes += stored
             tool.counts.new_bytes += len(raw)
             tool.counts.deltas_new += 1
         else:

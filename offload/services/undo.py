@@ -24,6 +24,7 @@ ACTIONS = {
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "stop-server": "offload.services.mount:undo_server",  # id, target, run_dir
     "abort-backup": "offload.services.backup:undo_backup",  # store_url, backup
+    "abort-prune": "offload.services.prune:undo_prune",  # store_url, backup
     "remove-path": "offload.services.restore:undo_path",  # path of a temporary file of ours
 }
 

@@ -160,13 +160,13 @@ class DiskStore:
                     removed += 1
         return removed
 
-    def free_bytes(self) -> int | None:
-        """Space left on the file system for this user."""
+    def space_bytes(self) -> tuple[int, int] | None:
+        """Space left on the file system for this user, and its size."""
         try:
             space = os.statvfs(self.root)
         except OSError as error:
             raise self._explain(error, "") from error
-        return space.f_bavail * space.f_frsize
+        return space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
 
     def close(self) -> None:
         """Close the cached descriptors. Idempotent."""

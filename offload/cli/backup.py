@@ -1,0 +1,244 @@
+"""`offload backup`: make one; list, show, compare, delete."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offload.cli import complete
+from offload.cli.app import DefaultGroup, settings_of
+from offload.cli.bars import progress
+from offload.cli.output import emit, facts, show_age, show_time, table
+from offload.cli.session import changing_context, confirm, reading_context
+from offload.model import Backup
+from offload.quantity import show_seconds, show_size
+
+if TYPE_CHECKING:
+    from offload.services.backup import BackupReport
+    from offload.services.backups import VolumeDiff
+
+
+class BackupGroup(DefaultGroup):
+    """Offers groups and origins beside its verbs: `offload backup shop`."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Verbs, options, then what can be backed up."""
+        from click.shell_completion import CompletionItem
+
+        offered = super().shell_complete(ctx, incomplete)
+        param = click.Argument(["what"])
+        return [*offered, *map(CompletionItem, complete.origins(ctx, param, incomplete))]
+
+
+@click.group(
+    cls=BackupGroup,
+    subcommand_metavar="GROUP|ORIGIN [--store S] | COMMAND [ARGS]...",
+    examples=[
+        "offload backup shop",
+        "offload backup shop --store main",
+        "offload backup timemark:k3f9 --store main",
+        "offload backup list --group shop",
+    ],
+)
+def backup() -> None:
+    """Back up a GROUP (a fresh TimeMark of it) or an ORIGIN that exists already.
+
+    ORIGIN is timemark:ID[/VOLUME] or backup:ID[/VOLUME]; to back one up is the same as
+    `offload backup create`.
+    """
+
+
+@backup.command(
+    "create", examples=["offload backup create shop", "offload backup create shop --store main"]
+)
+@click.argument("what", metavar="GROUP|ORIGIN", shell_complete=complete.origins)
+@click.option(
+    "--store",
+    shell_complete=complete.stores,
+    help="Where to; default: the group's own, or the only one.",
+)
+@click.pass_context
+def create(ctx: click.Context, what: str, store: str | None) -> None:
+    """Back up a GROUP or an ORIGIN; incremental wherever a parent allows it."""
+    from offload.services import backup as service
+
+    settings = settings_of(ctx)
+    with changing_context(settings) as context, progress(settings) as shown:
+        report = service.backup(context, what, store, shown)
+    emit(settings, {"id": report.backup.id, **_fields(report)}, lambda: _report(report))
+
+
+def _fields(report: BackupReport) -> dict[str, Any]:
+    return {
+        "backup": report.backup,
+        "images": report.images,
+        "seconds": round(report.seconds, 3),
+        "read_bytes": report.read_bytes,
+        "stored_bytes": report.stored_bytes,
+        "parent_kept": report.parent_kept,
+        "alarms": report.alarms,
+    }
+
+
+def _report(report: BackupReport) -> None:
+    made = report.backup
+    click.echo(
+        f"backup {made.id} of {made.group} in {made.store}: read {show_size(report.read_bytes)}, "
+        f"stored {show_size(report.stored_bytes)}, {show_seconds(report.seconds)}"
+    )
+    rows = [
+        [
+            image.volume,
+            image.mode,
+            show_size(image.size_bytes),
+            show_size(image.read_bytes),
+            show_size(image.stored_bytes),
+            image.reason,
+        ]
+        for image in report.images
+    ]
+    table(["volume", "mode", "size", "read", "stored", "why"], rows, "")
+    for alarm in report.alarms:
+        click.echo(f"ALARM: {alarm}", err=True)
+
+
+@backup.command("list", examples=["offload backup list", "offload backup list --store main"])
+@click.option("--store", shell_complete=complete.stores, help="Only those in this store.")
+@click.option("--group", shell_complete=complete.groups, help="Only those of this group.")
+@click.pass_context
+def list_(ctx: click.Context, store: str | None, group: str | None) -> None:
+    """List the backups, the oldest first."""
+    settings = settings_of(ctx)
+    with reading_context(settings) as context:
+        found = context.catalog.backups(store=store, group=group)
+        if not found:  # an unknown name is an error, not an empty list
+            if store is not None:
+                context.instance.config.store(store)
+            if group is not None:
+                context.instance.config.group(group)
+    now = datetime.now(UTC)
+    rows = [
+        [
+            entry.id,
+            entry.group,
+            entry.store,
+            show_time(entry.created_at),
+            show_age((now - entry.created_at).total_seconds()),
+            entry.consistency.value,
+            show_size(sum(image.size_bytes for image in entry.images)),
+            show_size(sum(image.stored_bytes for image in entry.images)),
+            "alarm" if entry.alarms else "",
+        ]
+        for entry in found
+    ]
+    header = ["id", "group", "store", "of", "age", "consistency", "size", "new", ""]
+    emit(settings, found, lambda: table(header, rows, "no backups"))
+
+
+@backup.command("show", examples=["offload backup show b7k2"])
+@click.argument("id", shell_complete=complete.backups)
+@click.pass_context
+def show(ctx: click.Context, id: str) -> None:  # noqa: A002 - the argument's name in the help
+    """Show one backup and its images. ID may be a prefix."""
+    settings = settings_of(ctx)
+    with reading_context(settings) as context:
+        found = context.catalog.backup(id)
+        verified = context.catalog.last_verified(found.id)
+    from offload.cli.output import to_json
+
+    emit(settings, {**to_json(found), "verified": verified}, lambda: _show(found))
+    if verified is not None and not settings.json:
+        click.echo(
+            f"\nverified ({verified.how}) {show_time(verified.at)}: {verified.problems} problems"
+        )
+
+
+def _show(found: Backup) -> None:
+    facts(
+        [
+            ("id", found.id),
+            ("group", found.group),
+            ("store", found.store),
+            ("of", show_time(found.created_at)),
+            ("finished", show_time(found.finished_at)),
+            ("timemark", found.timemark),
+            ("consistency", found.consistency.value),
+            ("instant", found.instant.value),
+            ("parent", found.parent or "none"),
+            ("host", found.host),
+            *(("alarm", alarm) for alarm in found.alarms),
+        ]
+    )
+    click.echo()
+    rows = [
+        [
+            image.volume,
+            show_size(image.size_bytes),
+            image.mode,
+            show_size(image.read_bytes),
+            show_size(image.stored_bytes),
+            image.root[:16],
+            image.reason,
+        ]
+        for image in found.images
+    ]
+    table(["volume", "size", "mode", "read", "stored", "root", "why"], rows, "")
+
+
+@backup.command(
+    "diff", examples=["offload backup diff b7k2 c1m4", "offload backup diff A B --json"]
+)
+@click.argument("a", shell_complete=complete.backups)
+@click.argument("b", shell_complete=complete.backups)
+@click.pass_context
+def diff(ctx: click.Context, a: str, b: str) -> None:
+    """Say what differs between two backups of one store, without reading the images."""
+    from offload.services import backups as service
+
+    settings = settings_of(ctx)
+    with reading_context(settings) as context:
+        found = service.diff(context, a, b)
+    data = [_diff(entry) for entry in found]
+    rows = [
+        [entry.volume, show_size(entry.changed_bytes), str(len(entry.ranges))] for entry in found
+    ]
+    emit(settings, data, lambda: table(["volume", "differs", "ranges"], rows, "no common volume"))
+
+
+def _diff(entry: VolumeDiff) -> dict[str, Any]:
+    ranges = [{"offset_bytes": start, "length_bytes": end - start} for start, end in entry.ranges]
+    return {"name": entry.volume, "changed_bytes": entry.changed_bytes, "ranges": ranges}
+
+
+@backup.command(
+    "delete", examples=["offload backup delete b7k2 --dry-run", "offload backup delete b7k2 --yes"]
+)
+@click.argument("ids", nargs=-1, required=True, metavar="ID...", shell_complete=complete.backups)
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def delete(ctx: click.Context, ids: tuple[str, ...], dry_run: bool, yes: bool) -> None:
+    """Delete backups. The space comes back with the next `offload prune`."""
+    from offload.services import backups as service
+
+    settings = settings_of(ctx)
+    opened = reading_context if dry_run else changing_context
+    with opened(settings) as context:
+        known = {b.id: b for b in (context.catalog.backup(prefix) for prefix in ids)}
+        if not dry_run:
+            names = ", ".join(f"{b.id} of {b.group} in {b.store}" for b in known.values())
+            confirm(settings, f"Delete {names}?", yes=yes)
+            service.delete(context, list(known))
+    wanted = list(known.values())
+    data: dict[str, Any] = {"dry_run": dry_run, "deleted": [] if dry_run else wanted}
+    if dry_run:
+        data["would_delete"] = wanted
+    said = "would delete" if dry_run else "deleted"
+
+    def human() -> None:
+        for entry in wanted:
+            click.echo(f"{said} {entry.id} of {entry.group} in {entry.store}")
+
+    emit(settings, data, human)

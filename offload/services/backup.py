@@ -1,0 +1,462 @@
+"""Image backups: a TimeMark (or any origin) into a store, whole or by what changed.
+
+The commit point is the manifest. What a crash leaves at each step:
+
+| killed | in the store | recovery |
+| --- | --- | --- |
+| while packs are written | packs and temporary files that bear the backup's id | removed |
+| after packs, before the index object | the same | removed |
+| after the index object | the same, and the index object | index object first, then packs |
+| after the manifest | a finished backup | kept, and entered in the catalog |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+
+from offload import __version__, compose
+from offload.catalog.store import Catalog
+from offload.engine.packwriter import PackWriter
+from offload.engine.repository import Repository
+from offload.engine.tree import TreeReader
+from offload.engine.trust import sample_unchanged
+from offload.engine.writeimage import Counts, Job, write_image
+from offload.errors import NotFoundError, OffloadError, UsageError
+from offload.extents import Ranges, total
+from offload.format import layout
+from offload.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_hash
+from offload.holds import hold_timemark
+from offload.ids import new_id
+from offload.image import Image
+from offload.instance import Instance
+from offload.journal import step
+from offload.model import Backup, BackupId, ImageRecord, Snapshot, TimeMark
+from offload.origin import Origin, OriginKind, parse_origin
+from offload.progress import NoProgress, Progress
+from offload.quantity import Watermark
+from offload.services import stores, timemark
+from offload.services.context import Context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageReport:
+    """One volume of a backup run. Sizes in bytes."""
+
+    volume: str
+    size_bytes: int
+    looked_at_bytes: int  # in data extents, or in changed extents
+    read_bytes: int
+    new_bytes: int  # before compression
+    stored_bytes: int  # compressed, with record headers
+    mode: str
+    reason: str
+    alarm: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupReport:
+    """What a backup run did."""
+
+    backup: Backup
+    images: tuple[ImageReport, ...]
+    seconds: float
+    read_bytes: int
+    stored_bytes: int
+    parent_kept: bool  # whether the TimeMark stays on the array as the parent of the next one
+    alarms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Input:
+    """One volume to back up."""
+
+    volume: str
+    image: Image
+    identity: str
+    snapshot: Snapshot | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parent:
+    """What an image is compared with. `changed` None: everything has to be read."""
+
+    backup: str
+    tree: TreeReader | None
+    snapshot: Snapshot | None
+    changed: Ranges | None
+    reason: str
+
+
+def backup(
+    ctx: Context, what: str, store: str | None = None, progress: Progress | None = None
+) -> BackupReport:
+    """Back up a group (a fresh TimeMark), or an origin that exists already.
+
+    Raises what TimeMarks, providers and stores raise. IntegrityError is *not* raised for change
+    tracking that proved wrong: the volume is then compared in full and `alarms` says so.
+    """
+    origin = parse_origin(what)
+    name = _choose_store(ctx, origin, store)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        op = stack.enter_context(ctx.journal.operation("backup", what))
+        repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
+        run = _Run(ctx, repository, name, progress or NoProgress())
+        mark: TimeMark | None = None
+        if origin.kind is OriginKind.GROUP:
+            fresh = new_id()
+            op.intend("timemark", "delete-fresh", {"id": fresh})
+            options = timemark.CreateOptions(purpose="backup", id=fresh)
+            mark = timemark.create(ctx, origin.id, options, progress)
+            op.done("timemark")
+        elif origin.kind is OriginKind.TIMEMARK:
+            mark = ctx.catalog.timemark(origin.id)
+        if mark is not None:
+            stack.enter_context(hold_timemark(ctx.instance, mark.id))
+        op.intend(
+            "store", "abort-backup",
+            {"store_url": repository.store.url, "store": name, "backup": run.id},
+        )  # fmt: skip
+        inputs = list(_inputs(ctx, origin, mark, stack))
+        done = run.write(inputs, _description(ctx, origin, mark))
+        ctx.catalog.add_backup(done)
+        op.done("catalog")
+        old = run.link_parents(inputs, mark)
+        step("backup.parents.linked")
+    for gone in old:
+        timemark.delete_if_unused(ctx, gone)
+    return run.report(done, time.monotonic() - began, mark is not None)
+
+
+def _choose_store(ctx: Context, origin: Origin, store: str | None) -> str:
+    config = ctx.instance.config
+    if store is None and origin.kind is OriginKind.GROUP:
+        store = config.group(origin.id).store
+    if store is None and len(config.stores) == 1:
+        store = next(iter(config.stores))
+    if store is None:
+        raise UsageError(
+            "no store chosen",
+            code="no-store",
+            hint=f"give --store with one of: {', '.join(sorted(config.stores)) or '(none yet)'}",
+        )
+    config.store(store)
+    return store
+
+
+def _inputs(
+    ctx: Context, origin: Origin, mark: TimeMark | None, stack: ExitStack
+) -> Iterator[_Input]:
+    """Open what is to be read."""
+    if mark is not None:
+        wanted = [s for s in mark.snapshots if origin.volume in (None, s.volume)]
+        if not wanted:
+            raise _no_volume(origin)
+        for snapshot in wanted:
+            provider = compose.snapshot_provider(snapshot.provider, ctx.instance.id)
+            image = compose.open_image(provider.source(snapshot))
+            stack.callback(image.close)
+            yield _Input(
+                volume=snapshot.volume, image=image, identity=snapshot.identity, snapshot=snapshot
+            )
+        return
+    known = ctx.catalog.backup(origin.id)
+    records = [i for i in known.images if origin.volume in (None, i.volume)]
+    if not records:
+        raise _no_volume(origin)
+    for record in records:
+        image = compose.open_image(stores.backup_source(ctx, known, record))
+        stack.callback(image.close)
+        yield _Input(volume=record.volume, image=image, identity=record.identity, snapshot=None)
+
+
+def _no_volume(origin: Origin) -> NotFoundError:
+    return NotFoundError(
+        f"{origin.kind.value} {origin.id} has no volume '{origin.volume}'", code="unknown-volume"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Description:
+    """What the manifest says beside the images."""
+
+    group: str
+    created_at: datetime
+    timemark: str
+    consistency: str
+    instant: str
+    report: Mapping[str, object]
+
+
+def _description(ctx: Context, origin: Origin, mark: TimeMark | None) -> _Description:
+    if mark is not None:
+        report = json.loads(json.dumps(asdict(mark), default=str))
+        return _Description(
+            group=mark.group, created_at=mark.created_at, timemark=mark.id,
+            consistency=mark.consistency, instant=mark.instant, report=report,
+        )  # fmt: skip
+    known = ctx.catalog.backup(origin.id)
+    return _Description(
+        group=known.group, created_at=known.created_at, timemark=known.timemark,
+        consistency=known.consistency, instant=known.instant,
+        report={"copied_from": f"{known.store}/{known.id}"},
+    )  # fmt: skip
+
+
+class _Run:
+    """One backup being written."""
+
+    def __init__(
+        self, ctx: Context, repository: Repository, store: str, progress: Progress
+    ) -> None:
+        self.ctx = ctx
+        self.repository = repository
+        self.store = store
+        self.progress = progress
+        self.id = BackupId(new_id())
+        self.reports: list[ImageReport] = []
+        self.records: list[ImageRecord] = []
+        self.parent: str | None = None
+        self.stored_bytes = 0
+
+    def write(self, inputs: Sequence[_Input], what: _Description) -> Backup:
+        """Write all images, then the index object, then the manifest."""
+        free = Watermark.parse(self.ctx.instance.config.store(self.store).min_free)
+        with PackWriter(self.repository, self.id, min_free=free) as writer:
+            for entry in inputs:
+                self._image(entry, writer)
+            step("backup.images.written")
+            writer.finish()
+        self.stored_bytes = writer.stored_bytes
+        done = Backup(
+            id=self.id,
+            store=self.store,
+            group=what.group,
+            created_at=what.created_at,
+            finished_at=datetime.now(UTC),
+            timemark=what.timemark,
+            consistency=what.consistency,  # type: ignore[arg-type]
+            instant=what.instant,  # type: ignore[arg-type]
+            images=tuple(self.records),
+            parent=self.parent,
+            host=os.uname().nodename,
+            alarms=tuple(r.alarm for r in self.reports if r.alarm),
+        )
+        manifest = Manifest(
+            backup=done,
+            group_config=_group_config(self.ctx, what.group),
+            timemark=what.report,
+            previous=_newest_manifest(self.repository),
+            software=f"offload {__version__}",
+        )
+        step("backup.manifest.before")
+        raw = encode_manifest(manifest, self.repository.keys)
+        self.repository.store.put(layout.manifest_name(self.id), [raw])
+        step("backup.manifest.written")
+        return done
+
+    def _image(self, entry: _Input, writer: PackWriter) -> None:
+        parent = self._parent(entry)
+        alarm = ""
+        if parent.changed is not None and parent.tree is not None:
+            alarm = sample_unchanged(self.repository, parent.tree, entry.image, parent.changed)
+            if alarm:
+                alarm = f"volume {entry.volume}: {alarm}"
+                self.progress.message(alarm)
+                parent = replace(parent, changed=None, reason="change tracking proved wrong")
+        if parent.tree is not None and self.parent is None:
+            self.parent = parent.backup
+        root, counts = self._copy(entry, parent, writer)
+        mode = "full" if parent.changed is None else "incremental"
+        self.records.append(
+            ImageRecord(
+                volume=entry.volume,
+                size_bytes=entry.image.size_bytes,
+                sector_size=entry.image.block_size,
+                identity=entry.identity,
+                root=root.hex(),
+                read_bytes=counts.read_bytes,
+                stored_bytes=counts.stored_bytes,
+                mode=mode,
+                reason=parent.reason,
+            )
+        )
+        self.reports.append(
+            ImageReport(
+                volume=entry.volume,
+                size_bytes=entry.image.size_bytes,
+                looked_at_bytes=counts.data_bytes,
+                read_bytes=counts.read_bytes,
+                new_bytes=counts.new_bytes,
+                stored_bytes=counts.stored_bytes,
+                mode=mode,
+                reason=parent.reason,
+                alarm=alarm,
+            )
+        )
+        step(f"backup.image.{entry.volume}")
+
+    def _copy(self, entry: _Input, parent: _Parent, writer: PackWriter) -> tuple[bytes, Counts]:
+        expected = None if parent.changed is None else total(parent.changed)
+        self.progress.start(entry.volume, expected)
+        try:
+            job = Job(
+                image=entry.image,
+                shape=self.repository.shape(entry.image.size_bytes),
+                parent=parent.tree,
+                changed=parent.changed,
+                advance=lambda count: self.progress.advance(entry.volume, count),
+            )
+            return write_image(job, writer)
+        finally:
+            self.progress.finish(entry.volume)
+
+    # -- the parent ------------------------------------------------------------------------------
+
+    def _parent(self, entry: _Input) -> _Parent:
+        """What to compare with, and what the storage says has changed since."""
+        link = self.ctx.catalog.parent(self.store, entry.volume)
+        known = self._last_backup(entry.volume) if link is None else self._backup_of(link.backup)
+        if known is None:
+            return _no_parent("first backup of this volume in this store")
+        record = known.image(entry.volume)
+        if record is None or record.size_bytes != entry.image.size_bytes:
+            return _no_parent("the volume has another size than in the parent backup")
+        if record.identity != entry.identity and entry.snapshot is not None:
+            return _no_parent("the volume was made anew since the parent backup")
+        shape = self.repository.shape(record.size_bytes)
+        tree = TreeReader(self.repository, bytes.fromhex(record.root), shape)
+        older = self._parent_snapshot(link.timemark if link else None, entry)
+        if older is None or entry.snapshot is None:
+            reason = "the parent's TimeMark is gone from the storage: all data was read"
+            return _Parent(backup=known.id, tree=tree, snapshot=None, changed=None, reason=reason)
+        provider = compose.snapshot_provider(entry.snapshot.provider, self.ctx.instance.id)
+        changed = provider.changed(older, entry.snapshot)
+        reason = "" if changed is not None else "the storage cannot say what changed"
+        return _Parent(backup=known.id, tree=tree, snapshot=older, changed=changed, reason=reason)
+
+    def _last_backup(self, volume: str) -> Backup | None:
+        """The newest backup in this store that has the volume, from the catalog."""
+        for known in reversed(self.ctx.catalog.backups(store=self.store)):
+            if known.image(volume) is not None:
+                return self._backup_of(known.id)
+        return None
+
+    def _backup_of(self, backup_id: str) -> Backup | None:
+        """A backup as its manifest says, or None where the store has it no longer."""
+        name = layout.manifest_name(backup_id)
+        try:
+            raw = self.repository.store.get(name)
+        except NotFoundError:
+            return None
+        return decode_manifest(name, raw, self.repository.keys, self.store).backup
+
+    def _parent_snapshot(self, mark: str | None, entry: _Input) -> Snapshot | None:
+        if mark is None or entry.snapshot is None:
+            return None
+        try:
+            older = self.ctx.catalog.timemark(mark).snapshot(entry.volume)
+        except NotFoundError:
+            return None
+        if older is None or older.provider != entry.snapshot.provider:
+            return None
+        provider = compose.snapshot_provider(older.provider, self.ctx.instance.id)
+        return older if provider.exists(dict(older.ref)) else None
+
+    def link_parents(self, inputs: Sequence[_Input], mark: TimeMark | None) -> list[str]:
+        """Make this the parent of the next incremental; returns the TimeMarks that were it."""
+        old: list[str] = []
+        for entry in inputs:
+            if mark is None or entry.snapshot is None:
+                continue
+            link = self.ctx.catalog.parent(self.store, entry.volume)
+            if link is not None and link.timemark != mark.id:
+                old.append(link.timemark)
+            self.ctx.catalog.set_parent(self.store, entry.volume, mark.id, self.id)
+        return list(dict.fromkeys(old))
+
+    def report(self, done: Backup, seconds: float, has_mark: bool) -> BackupReport:
+        """The run's report."""
+        return BackupReport(
+            backup=done,
+            images=tuple(self.reports),
+            seconds=seconds,
+            read_bytes=sum(r.read_bytes for r in self.reports),
+            stored_bytes=self.stored_bytes,
+            parent_kept=has_mark,
+            alarms=done.alarms,
+        )
+
+
+def _no_parent(reason: str) -> _Parent:
+    return _Parent(backup="", tree=None, snapshot=None, changed=None, reason=reason)
+
+
+def _group_config(ctx: Context, group: str) -> dict[str, object]:
+    """The group's part of the configuration, so that a bare machine can go on from the store."""
+    config = ctx.instance.config
+    if group not in config.groups:
+        return {}
+    entry = config.groups[group]
+    return {
+        "groups": {group: entry.model_dump(mode="json", exclude_defaults=True)},
+        "volumes": {
+            name: config.volumes[name].model_dump(mode="json", exclude_defaults=True)
+            for name in entry.volumes
+        },
+    }
+
+
+def _newest_manifest(repository: Repository) -> str | None:
+    """The seal of the newest manifest of the store: the head of the chain."""
+    newest: tuple[datetime, str] | None = None
+    for name in repository.store.list(layout.MANIFESTS):
+        raw = repository.store.get(name)
+        try:
+            found = decode_manifest(name, raw, repository.keys, "").backup.finished_at
+        except OffloadError:
+            continue  # a damaged manifest is `verify`'s to report; it cannot be the head
+        if newest is None or found > newest[0]:
+            newest = (found, manifest_hash(raw))
+    return newest[1] if newest else None
+
+
+# -- the end of a backup -----------------------------------------------------------------------
+
+
+def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
+    """Take back an unfinished backup; one whose manifest is out is kept and entered."""
+    store = compose.open_store(args["store_url"])
+    try:
+        ident = args["backup"]
+        name = layout.manifest_name(ident)
+        if store.exists(name):
+            repository = Repository.open(store, instance.cache_dir)
+            try:
+                done = decode_manifest(name, store.get(name), repository.keys, args["store"])
+            finally:
+                repository.index.close()
+            _adopt(catalog, done.backup)
+            return
+        store.delete(layout.index_name(ident))
+        stores.remove_packs(store, ident)
+        stores.sweep_temporary(store, ident)
+    finally:
+        store.close()
+
+
+def _adopt(catalog: Catalog, done: Backup) -> None:
+    catalog.add_backup(done)
+    try:
+        mark = catalog.timemark(done.timemark)
+    except NotFoundError:
+        return
+    for image in done.images:
+        if mark.snapshot(image.volume) is not None:
+            catalog.set_parent(done.store, image.volume, mark.id, done.id)

@@ -1,0 +1,120 @@
+"""Finished backups: comparing two, deleting them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from offload.engine.readimage import read_leaf
+from offload.engine.repository import Repository
+from offload.engine.tree import TreeReader, diff_slots
+from offload.errors import BusyError, UsageError
+from offload.extents import Ranges, normalize, total
+from offload.format import layout
+from offload.format.delta import SECTOR
+from offload.format.tree import Leaf
+from offload.journal import step
+from offload.model import Backup, ImageRecord
+from offload.services import stores, timemark
+from offload.services.context import Context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeDiff:
+    """What differs in one volume, exact to the 512-byte sector."""
+
+    volume: str
+    changed_bytes: int
+    ranges: Ranges
+    note: str = ""
+
+
+def diff(ctx: Context, a: str, b: str) -> list[VolumeDiff]:
+    """Compare two backups of one store, volume by volume; equal subtrees are never read.
+
+    Raises UsageError (`other-store`) for backups in two stores, whose trees cannot be compared.
+    """
+    left, right = ctx.catalog.backup(_bare(a)), ctx.catalog.backup(_bare(b))
+    if left.store != right.store:
+        raise UsageError(
+            f"backup {left.id} is in store {left.store}, backup {right.id} in {right.store}",
+            code="other-store",
+            hint="compare backups of one store",
+        )
+    with stores.opened(ctx, left.store, exclusive=False) as repository:
+        names = dict.fromkeys(i.volume for i in (*left.images, *right.images))
+        return [
+            _diff_images(repository, name, left.image(name), right.image(name)) for name in names
+        ]
+
+
+def _bare(text: str) -> str:
+    return text.removeprefix("backup:")
+
+
+def _diff_images(
+    repository: Repository, volume: str, a: ImageRecord | None, b: ImageRecord | None
+) -> VolumeDiff:
+    only = a or b
+    if only is None:
+        raise ValueError("neither backup has the volume")
+    if a is None or b is None:
+        size = only.size_bytes
+        note = "only in the " + ("second" if a is None else "first")
+        return VolumeDiff(volume=volume, changed_bytes=size, ranges=[(0, size)], note=note)
+    if a.size_bytes != b.size_bytes:
+        size = max(a.size_bytes, b.size_bytes)
+        note = f"resized from {a.size_bytes} to {b.size_bytes} bytes"
+        return VolumeDiff(volume=volume, changed_bytes=size, ranges=[(0, size)], note=note)
+    shape = repository.shape(a.size_bytes)
+    trees = [TreeReader(repository, bytes.fromhex(i.root), shape) for i in (a, b)]
+    ranges: Ranges = []
+    for slot, x, y in diff_slots(*trees):
+        start, stop = shape.slot_range(slot)
+        ranges += _sectors(repository, x, y, start, stop - start)
+    merged = normalize(ranges)
+    return VolumeDiff(volume=volume, changed_bytes=total(merged), ranges=merged)
+
+
+def _sectors(
+    repository: Repository, x: Leaf | None, y: Leaf | None, start: int, length: int
+) -> Iterator[tuple[int, int]]:
+    """The sectors of a chunk slot in which two entries really differ."""
+    sides = []
+    for leaf in (x, y):
+        content = bytes(length) if leaf is None else bytes(read_leaf(repository, leaf, length))
+        padded = content + bytes(-length % SECTOR)
+        sides.append(np.frombuffer(padded, dtype=np.uint8).reshape(-1, SECTOR))
+    for sector in np.flatnonzero((sides[0] != sides[1]).any(axis=1)):
+        at = int(sector) * SECTOR
+        yield start + at, start + min(at + SECTOR, length)
+
+
+def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
+    """Delete backups: their manifests go, `prune` frees the space.
+
+    All are checked first; BusyError (`backup-in-use`) if a view shows one.
+    """
+    chosen = [ctx.catalog.backup(_bare(p)) for p in dict.fromkeys(prefixes)]
+    for known in chosen:
+        refuse_shown(ctx, known.id)
+    for known in chosen:
+        with stores.opened(ctx, known.store, exclusive=False) as repository:
+            repository.store.delete(layout.manifest_name(known.id))
+            step("backup-delete.manifest")
+            ctx.catalog.delete_backup(known.id)
+        timemark.delete_if_unused(ctx, known.timemark)
+    return chosen
+
+
+def refuse_shown(ctx: Context, backup: str) -> None:
+    """BusyError (`backup-in-use`) if a view shows the backup."""
+    for view in ctx.catalog.views():
+        if view.origin.startswith(f"backup:{backup}/"):
+            raise BusyError(
+                f"backup {backup} is shown by view {view.name}",
+                code="backup-in-use",
+                hint=f"first: offload unmount {view.name}",
+            )

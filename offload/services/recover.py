@@ -1,0 +1,90 @@
+"""Recovery: take back what dead processes left, serve again what should be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from json import dumps
+
+from offload import compose
+from offload.errors import OffloadError
+from offload.journal import Leftover
+from offload.model import View
+from offload.services import mount
+from offload.services.context import Context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphan:
+    """A snapshot that bears this instance's name and that the catalog does not know."""
+
+    provider: str
+    ref: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverReport:
+    """What was (with `dry_run`: would be) done."""
+
+    undone: tuple[Leftover, ...]
+    remounted: tuple[View, ...]
+    warnings: tuple[str, ...]
+    orphans: tuple[Orphan, ...]
+    orphans_deleted: bool
+
+
+def find_orphans(ctx: Context) -> list[Orphan]:
+    """Snapshots with this instance's name that no TimeMark knows, while nothing runs.
+
+    They are never deleted unasked: with a lost catalog they are the last TimeMarks there are.
+    """
+    if ctx.journal.running():
+        return []
+    known = {
+        dumps(dict(snapshot.ref), sort_keys=True)
+        for timemark in ctx.catalog.timemarks()
+        for snapshot in timemark.snapshots
+    }
+    found = []
+    config = ctx.instance.config
+    for name in dict.fromkeys(v.provider for v in config.volumes.values()):
+        volumes = [config.volume(v) for v in config.volumes if config.volumes[v].provider == name]
+        try:
+            refs = compose.snapshot_provider(name, ctx.instance.id).leftovers(volumes)
+        except OffloadError:
+            continue  # storage that cannot be looked at is `doctor`'s and `volume list`'s to report
+        found += [
+            Orphan(provider=name, ref=ref)
+            for ref in refs
+            if dumps(dict(ref), sort_keys=True) not in known
+        ]
+    return found
+
+
+def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> RecoverReport:
+    """Roll back leftovers, serve views again whose server is gone, and, if asked, delete orphans.
+
+    Raises CleanupError if something could not be taken back (the rest was).
+    """
+    if dry_run:
+        dead = tuple(s.view for s in mount.views(ctx) if not s.alive)
+        return RecoverReport(
+            undone=tuple(ctx.journal.leftovers()),
+            remounted=dead,
+            warnings=(),
+            orphans=tuple(find_orphans(ctx)),
+            orphans_deleted=False,
+        )
+    undone = ctx.journal.recover()
+    remounted = mount.remount(ctx)
+    stray = find_orphans(ctx)
+    if orphans:
+        for orphan in stray:
+            compose.snapshot_provider(orphan.provider, ctx.instance.id).delete(dict(orphan.ref))
+    return RecoverReport(
+        undone=tuple(undone),
+        remounted=remounted.views,
+        warnings=remounted.warnings,
+        orphans=tuple(stray),
+        orphans_deleted=orphans,
+    )

@@ -1,0 +1,279 @@
+"""Stores: making, opening, listing and checking them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from offload import compose
+from offload.engine.repository import Repository
+from offload.engine.tree import TreeReader
+from offload.errors import BusyError, IntegrityError, NotFoundError, OffloadError, UnavailableError
+from offload.format import layout
+from offload.format.index import decode_index
+from offload.format.layout import encode_parameters, new_parameters
+from offload.format.manifest import Manifest, decode_manifest
+from offload.format.pack import read_footer
+from offload.model import Backup, BackupSource, ImageRecord
+from offload.services.context import Context
+from offload.store import Store
+from offload.stores.disk import DiskStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSummary:
+    """One configured store. Sizes in bytes; None where the store cannot be opened."""
+
+    name: str
+    kind: str
+    url: str
+    state: str  # ok, not initialised, or what is wrong
+    id: str = ""
+    backups: int = 0
+    packs: int = 0
+    chunks: int = 0
+    stored_bytes: int | None = None
+    raw_bytes: int | None = None
+    free_bytes: int | None = None
+    size_bytes: int | None = None
+    format_version: int = layout.FORMAT_VERSION
+    chunk_bytes: int | None = None
+    zstd_level: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """What `store check` found. `problems` are sentences; empty means whole."""
+
+    name: str
+    problems: tuple[str, ...]
+    packs: int
+    chunks: int
+    backups: int
+    orphan_packs: tuple[str, ...]  # packs that no index object knows: `prune` removes them
+    rebuilt: int | None  # backups entered in the catalog, with --rebuild-catalog
+
+
+def store_url(ctx: Context, name: str) -> str:
+    """Where a configured store is."""
+    return str(ctx.instance.config.store(name).path)
+
+
+@contextmanager
+def opened(
+    ctx: Context, name: str, *, exclusive: bool, wait_s: float = 5.0
+) -> Iterator[Repository]:
+    """A configured store, opened and locked against prune (shared) or everybody (exclusive)."""
+    store = compose.open_store(store_url(ctx, name))
+    try:
+        store.space_bytes()  # a missing folder is reported before a lock file is tried
+        if not store.exists(layout.STORE_OBJECT):
+            raise UnavailableError(
+                f"the store {name} ({store.url}) is not initialised",
+                code="store-not-initialised",
+                hint=f"make it with: offload store init {name}",
+            )
+        with store.lock(exclusive=exclusive, wait_s=wait_s):
+            repository = Repository.open(store, ctx.instance.cache_dir)
+            try:
+                yield repository
+            finally:
+                repository.index.close()
+    finally:
+        store.close()
+
+
+def backup_source(ctx: Context, backup: Backup, image: ImageRecord) -> BackupSource:
+    """How one volume of a backup is read."""
+    return BackupSource(
+        store_url=store_url(ctx, backup.store),
+        backup=backup.id,
+        volume=image.volume,
+        size_bytes=image.size_bytes,
+        cache_dir=ctx.instance.cache_dir,
+        sector_size=image.sector_size,
+    )
+
+
+def sweep_temporary(store: Store, part: str, *, min_age_s: float = 0.0) -> int:
+    """Remove temporary objects of an unfinished writer, where the kind of store has such."""
+    return store.sweep(part, min_age_s=min_age_s) if isinstance(store, DiskStore) else 0
+
+
+def remove_packs(store: Store, writer: str) -> None:
+    """Delete all packs of one writer. Idempotent."""
+    for pack in list(store.list(f"{layout.PACKS}{writer[:2]}/")):
+        if pack.rpartition("/")[2].startswith(f"{writer}-"):
+            store.delete(pack)
+
+
+def init(ctx: Context, name: str) -> StoreSummary:
+    """Make a configured store. BusyError if there is one already, or the folder is not empty."""
+    config = ctx.instance.config.store(name)
+    try:
+        config.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        taken = [p.name for p in config.path.iterdir() if p.name != "lost+found"]
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot make the store folder {config.path}: {error.strerror}",
+            code="store-unavailable",
+        ) from error
+    if layout.STORE_OBJECT in taken:
+        raise BusyError(
+            f"{config.path} is a store already", code="store-exists", hint="offload store show"
+        )
+    if taken:
+        raise BusyError(
+            f"{config.path} is not empty: it holds {taken[0]}",
+            code="store-not-empty",
+            hint="choose an empty folder",
+        )
+    store = compose.open_store(str(config.path))
+    try:
+        store.put(layout.STORE_OBJECT, [encode_parameters(new_parameters())])
+    finally:
+        store.close()
+    return show(ctx, name)
+
+
+def listing(ctx: Context) -> list[StoreSummary]:
+    """All configured stores; one that cannot be opened says why in `state`."""
+    found = []
+    for name in sorted(ctx.instance.config.stores):
+        try:
+            found.append(show(ctx, name))
+        except OffloadError as error:
+            state = "not initialised" if error.code == "store-not-initialised" else error.message
+            kind = ctx.instance.config.stores[name].kind
+            found.append(StoreSummary(name=name, kind=kind, url=store_url(ctx, name), state=state))
+    return found
+
+
+def show(ctx: Context, name: str) -> StoreSummary:
+    """One store, opened."""
+    with opened(ctx, name, exclusive=False) as repository:
+        chunks, stored, raw = repository.index.totals()
+        space = repository.store.space_bytes()
+        return StoreSummary(
+            name=name,
+            kind=ctx.instance.config.store(name).kind,
+            url=repository.store.url,
+            state="ok",
+            id=repository.parameters.store_id,
+            backups=sum(1 for _ in repository.store.list(layout.MANIFESTS)),
+            packs=sum(1 for _ in repository.store.list(layout.PACKS)),
+            chunks=chunks,
+            stored_bytes=stored,
+            raw_bytes=raw,
+            free_bytes=space[0] if space else None,
+            size_bytes=space[1] if space else None,
+            chunk_bytes=repository.parameters.chunk_bytes,
+            zstd_level=repository.parameters.zstd_level,
+        )
+
+
+def manifests(repository: Repository, store: str) -> Iterator[tuple[str, Manifest | OffloadError]]:
+    """Every manifest of a store by object name, decoded, or what is wrong with it."""
+    for name in repository.store.list(layout.MANIFESTS):
+        try:
+            yield name, decode_manifest(name, repository.store.get(name), repository.keys, store)
+        except (IntegrityError, UnavailableError, NotFoundError) as error:
+            yield name, error
+
+
+def check(ctx: Context, name: str, *, rebuild_catalog: bool = False) -> CheckReport:
+    """Check a store's structure without reading the data: seals, footers, trees, references.
+
+    `rebuild_catalog` enters what the store holds into the catalog, and drops what it does not.
+    """
+    with opened(ctx, name, exclusive=False) as repository:
+        checker = _Checker(repository, name)
+        checker.indexes()
+        checker.packs()
+        backups = checker.backups()
+        rebuilt = None
+        if rebuild_catalog:
+            ctx.catalog.replace_backups(name, backups)
+            rebuilt = len(backups)
+        return CheckReport(
+            name=name,
+            problems=tuple(checker.problems),
+            packs=checker.pack_count,
+            chunks=repository.index.totals()[0],
+            backups=len(backups),
+            orphan_packs=tuple(checker.orphans),
+            rebuilt=rebuilt,
+        )
+
+
+class _Checker:
+    """Collects problems instead of stopping at the first."""
+
+    def __init__(self, repository: Repository, store: str) -> None:
+        self.repository = repository
+        self.store = store
+        self.problems: list[str] = []
+        self.orphans: list[str] = []
+        self.pack_count = 0
+
+    def indexes(self) -> None:
+        """Every index object's hash, and that the packs it names are there."""
+        objects = self.repository.store
+        present = set(objects.list(layout.PACKS))
+        known: set[str] = set()
+        for name in objects.list(layout.INDEXES):
+            try:
+                known |= set(decode_index(name, objects.get(name), self.repository.keys))
+            except OffloadError as error:
+                self.problems.append(error.message)
+                known |= present
+        self.problems += [f"pack {pack} is missing" for pack in sorted(known - present)]
+        self.orphans = sorted(present - known)
+        self.pack_count = len(present)
+
+    def packs(self) -> None:
+        """Every pack's footer."""
+        objects = self.repository.store
+        for name in objects.list(layout.PACKS):
+
+            def read(offset: int, length: int, name: str = name) -> bytes:
+                return objects.get_range(name, offset, length)
+
+            try:
+                read_footer(name, objects.size(name), read, self.repository.keys)
+            except OffloadError as error:
+                self.problems.append(error.message)
+
+    def backups(self) -> list[Backup]:
+        """Every manifest, and that all chunks under its roots are known to the index."""
+        whole = []
+        for name, found in manifests(self.repository, self.store):
+            if isinstance(found, OffloadError):
+                self.problems.append(found.message)
+                continue
+            whole.append(found.backup)
+            for image in found.backup.images:
+                self._image(name, image)
+        return whole
+
+    def _image(self, name: str, image: ImageRecord) -> None:
+        shape = self.repository.shape(image.size_bytes)
+        tree = TreeReader(self.repository, bytes.fromhex(image.root), shape)
+        try:
+            for page in tree.data_pages():
+                ids = {
+                    ident
+                    for leaf in tree.leaf_page(page)
+                    if leaf is not None
+                    for ident in (leaf.base, *leaf.deltas)
+                }
+                missing = len(ids) - len(self.repository.index.find_many(list(ids)))
+                if missing:
+                    at = page * shape.page_bytes
+                    self.problems.append(
+                        f"{name}: volume {image.volume} lacks {missing} chunks between byte {at} "
+                        f"and {min(at + shape.page_bytes, image.size_bytes)}"
+                    )
+        except OffloadError as error:
+            self.problems.append(f"{name}: volume {image.volume}: {error.message}")
