@@ -15,7 +15,7 @@ from offload.run import ProgramError, require_program, run
 
 _PATIENCE_S = 10.0  # for programs that a test has just ended to let go of the mount
 _MAKE = {
-    "xfs": (("mkfs.xfs", "-q", "-f", "-m", "reflink=1"), "xfsprogs"),
+    "xfs": (("mkfs.xfs", "-q", "-f"), "xfsprogs"),  # with reflinks, unless told otherwise
     "btrfs": (("mkfs.btrfs", "-q", "-f"), "btrfs-progs"),
     "ext4": (("mkfs.ext4", "-q", "-F"), "e2fsprogs"),
 }
