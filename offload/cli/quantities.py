@@ -1,0 +1,30 @@
+"""Option callbacks for shares and durations as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from offload.quantity import parse_duration, parse_percent
+
+
+def share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """`5%` → 0.05; a usage error says how one is written."""
+    return _parsed(parse_percent, ctx, param, value)
+
+
+def span(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """`14d` → seconds; a usage error says how one is written."""
+    return _parsed(parse_duration, ctx, param, value)
+
+
+def _parsed(
+    parse: Callable[[str], float], ctx: click.Context, param: click.Parameter, value: str | None
+) -> float | None:
+    if value is None:
+        return None
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx=ctx, param=param) from error
