@@ -96,7 +96,7 @@ class CopyProvider:
 
     def _copy(self, volume: Volume, path: Path, made: list[Path]) -> Snapshot:
         if path.exists():
-            raise BusyError(f"the snapshot {path} exists already", code="snapshot-exists")
+            raise _exists(path)
         part = path.with_name(path.name + _PART)
         with open_volume(volume) as source, ExitStack() as stack:
             target = _create(part)
@@ -190,9 +190,17 @@ def _create(path: Path) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
-        raise BusyError(f"the copy {path} is being made", code="snapshot-exists") from error
+        raise _exists(path) from error
     except OSError as error:
         raise naming.pool_error(error, path, "make") from error
+
+
+def _exists(path: Path) -> BusyError:
+    return BusyError(
+        f"the copy {path} exists already",
+        code="snapshot-exists",
+        hint="take a new TimeMark; this file was not touched",
+    )
 
 
 def _copy_sparse(source: int, target: int, size_bytes: int) -> None:

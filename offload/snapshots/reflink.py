@@ -277,7 +277,11 @@ def _create(path: Path) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
-        raise BusyError(f"the snapshot {path} exists already", code="snapshot-exists") from error
+        raise BusyError(
+            f"the snapshot {path} exists already",
+            code="snapshot-exists",
+            hint="take a new TimeMark; this file was not touched",
+        ) from error
     except OSError as error:
         raise naming.pool_error(error, path, "make") from error
 
@@ -319,7 +323,11 @@ def _clone_error(error: OSError, volume: Volume, path: Path) -> OffloadError:
             hint='use XFS (reflink=1) or btrfs, or set provider = "copy" (slow, not atomic)',
         )
     if error.errno == errno.ETXTBSY:
-        return BusyError(f"volume {volume.name}: {volume.path} is in use as swap", code="in-use")
+        return BusyError(
+            f"volume {volume.name}: {volume.path} is in use as swap",
+            code="in-use",
+            hint=f"swapoff {volume.path}, or take the volume out of its group",
+        )
     return naming.pool_error(error, path, "clone to")
 
 
