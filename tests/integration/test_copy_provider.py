@@ -68,6 +68,19 @@ def test_snapshot_dir_on_another_file_system_is_the_pool(
         assert Path(snapshot.ref["path"]).read_bytes() == volume.path.read_bytes()
 
 
+@pytest.mark.needs_root
+def test_inspect_made_again_with_the_same_inode_is_another_volume(
+    provider: CopyProvider, ext4_pool: Path
+) -> None:
+    """ext4 gives the inode of a deleted file to the next one."""
+    volume = _volume(ext4_pool / "db.img")
+    inode, identity = volume.path.stat().st_ino, provider.inspect(volume).identity
+    volume.path.unlink()
+    _volume(ext4_pool / "db.img")
+    assert volume.path.stat().st_ino == inode
+    assert provider.inspect(volume).identity != identity
+
+
 def test_snapshot_no_copy_file_range_falls_back_to_reads_and_writes(
     provider: CopyProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -350,9 +351,19 @@ def test_plan_subvolume_seen_through_a_bind_mount_of_a_folder_is_no_instant(
 
 
 def test_snapshot_subvolume_of_ordered_writes_keeps_their_order(
-    provider: ReflinkProvider, btrfs_pool: Path
+    provider: ReflinkProvider, btrfs_pool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One writer: a number to the first file, durable, then to the second, durable, and so on."""
+    """One writer: a number to the first file, durable, then to the second, durable, and so on.
+
+    It gets time to write between the two clones, too: they come out of one and the same snapshot.
+    """
+    create = reflink._create
+
+    def _slow(path: Path) -> int:
+        time.sleep(0.02)
+        return create(path)
+
+    monkeypatch.setattr(reflink, "_create", _slow)
     volumes = (_volume(btrfs_pool / "db.img"), _volume(btrfs_pool / "web.img", "web"))
     stop = threading.Event()
 
