@@ -13,9 +13,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload import mountinfo, run
-from offload.catalog.store import Catalog
 from offload.config import LocalQuiesce
 from offload.errors import NotFoundError, PolicyError, PrivilegeError, UnavailableError
 from offload.filesystem import fsync_folder
@@ -25,6 +25,9 @@ from offload.model import Consistency
 from offload.mountinfo import MountPoint
 from offload.quiescers import coverage
 from offload.quiescers.holder import Holder, Targets, describe, undo_hold
+
+if TYPE_CHECKING:  # a thaw never loads the catalog
+    from offload.catalog.store import Catalog
 
 # File systems whose super block can be frozen (freeze_fs or freeze_super, fs/*/super.c in Linux)
 _FREEZABLE = frozenset(

@@ -7,13 +7,16 @@ it stops), so the consistency is `crash`; but all disks of the VM show one insta
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from offload.catalog.store import Catalog
 from offload.config import QmpQuiesce
 from offload.instance import Instance
 from offload.model import Consistency
 from offload.qmp import Qmp
 from offload.quiescers.holder import Holder, Targets, describe, undo_hold
+
+if TYPE_CHECKING:  # a thaw never loads the catalog
+    from offload.catalog.store import Catalog
 
 
 class QmpQuiescer:
