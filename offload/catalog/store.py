@@ -119,10 +119,15 @@ class Catalog:
                 error.hint = "list what there is with: offload views"
             raise
 
-    def views(self) -> list[View]:
-        """All, the newest last."""
+    def views(self, group: str | None = None) -> list[View]:
+        """All, or those that show a TimeMark or a backup of one group; the newest last."""
         table = tables.views
-        return self._all(select(table).order_by(table.c.created_at, table.c.id), rows.view_of)
+        found = self._all(select(table).order_by(table.c.created_at, table.c.id), rows.view_of)
+        if group is None:
+            return found
+        origins = {f"timemark:{mark.id}" for mark in self.timemarks(group)}
+        origins |= {f"backup:{backup.id}" for backup in self.backups(group=group)}
+        return [view for view in found if view.origin.partition("/")[0] in origins]
 
     # backups
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import click
 
+_SENTENCE = 120  # characters
+
 
 @dataclass(kw_only=True)
 class Settings:
@@ -59,6 +61,10 @@ class Command(click.Command):
         """The examples, as they are typed."""
         _write_examples(formatter, self.examples)
         super().format_epilog(ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 45) -> str:  # noqa: ARG002
+        """The whole first sentence: the terminal wraps it."""
+        return super().get_short_help_str(_SENTENCE)
 
 
 class Group(click.Group):

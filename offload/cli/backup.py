@@ -194,7 +194,7 @@ def _show(found: Backup) -> None:
 @click.argument("b", shell_complete=complete.backups)
 @click.pass_context
 def diff(ctx: click.Context, a: str, b: str) -> None:
-    """Say what differs between two backups of one store, without reading the images."""
+    """Say what differs between two backups of one store. What is equal is never read."""
     from offload.services import backups as service
 
     settings = settings_of(ctx)
@@ -202,14 +202,20 @@ def diff(ctx: click.Context, a: str, b: str) -> None:
         found = service.diff(context, a, b)
     data = [_diff(entry) for entry in found]
     rows = [
-        [entry.volume, show_size(entry.changed_bytes), str(len(entry.ranges))] for entry in found
+        [entry.volume, show_size(entry.changed_bytes), str(len(entry.ranges)), entry.note]
+        for entry in found
     ]
-    emit(settings, data, lambda: table(["volume", "differs", "ranges"], rows, "no common volume"))
+    emit(settings, data, lambda: table(["volume", "differs", "ranges", "note"], rows, "no volumes"))
 
 
 def _diff(entry: VolumeDiff) -> dict[str, Any]:
     ranges = [{"offset_bytes": start, "length_bytes": end - start} for start, end in entry.ranges]
-    return {"name": entry.volume, "changed_bytes": entry.changed_bytes, "ranges": ranges}
+    return {
+        "name": entry.volume,
+        "changed_bytes": entry.changed_bytes,
+        "ranges": ranges,
+        "note": entry.note,
+    }
 
 
 @backup.command(

@@ -80,19 +80,36 @@ def mount(
 
 @click.command(
     cls=Command,
-    examples=["offload unmount inspect", "offload unmount --all", "offload unmount v1 --force"],
+    examples=[
+        "offload unmount inspect",
+        "offload unmount --group shop",
+        "offload unmount --all --force",
+    ],
 )
 @click.argument("names", nargs=-1, metavar="VIEW...", shell_complete=complete.views)
 @click.option("--all", "all_views", is_flag=True, help="Every view of this instance.")
+@click.option("--group", shell_complete=complete.groups, help="Every view of this group.")
 @click.option("--force", is_flag=True, help="Even where clients are connected.")
 @click.pass_context
-def unmount(ctx: click.Context, names: tuple[str, ...], all_views: bool, force: bool) -> None:
+def unmount(
+    ctx: click.Context, names: tuple[str, ...], all_views: bool, group: str | None, force: bool
+) -> None:
     """Withdraw TimeViews, by name or id. A view with a client is refused unless --force."""
     from offload.services import mount as service
 
+    if (bool(names), all_views, group is not None).count(True) != 1:
+        raise click.UsageError("name the views to unmount, or say --group or --all")
     settings = settings_of(ctx)
     with changing_context(settings) as context:
-        gone = service.unmount(context, names, all_views=all_views, force=force)
+        if group is not None:
+            names = tuple(view.name for view in context.catalog.views(group))
+            if not names:
+                context.instance.config.group(group)  # an unknown group is an error
+        gone = (
+            service.unmount(context, names, all_views=all_views, force=force)
+            if names or all_views
+            else []
+        )
 
     def human() -> None:
         for view in gone:

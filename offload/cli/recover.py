@@ -9,7 +9,7 @@ import click
 from offload.cli.app import Command, settings_of
 from offload.cli.mount import view_fields
 from offload.cli.output import emit
-from offload.cli.session import only_context
+from offload.cli.session import confirm, only_context
 
 if TYPE_CHECKING:
     from offload.journal import Leftover
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
-    examples=["offload recover --dry-run", "offload recover", "offload recover --orphans"],
+    examples=["offload recover --dry-run", "offload recover", "offload recover --orphans --yes"],
 )
 @click.option(
     "--orphans",
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     help="Also delete snapshots of this instance that the catalog does not know.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--yes", is_flag=True, help="With --orphans: do not ask.")
 @click.pass_context
-def recover(ctx: click.Context, orphans: bool, dry_run: bool) -> None:
+def recover(ctx: click.Context, orphans: bool, dry_run: bool, yes: bool) -> None:
     """Take back what a dead process left, and serve again the views whose server is gone.
 
     Each command that changes something takes leftovers back first; this one also remounts (after a
@@ -38,6 +39,8 @@ def recover(ctx: click.Context, orphans: bool, dry_run: bool) -> None:
 
     settings = settings_of(ctx)
     with only_context(settings) as context:
+        if orphans and not dry_run and service.find_orphans(context):
+            confirm(settings, "Delete the snapshots that --dry-run shows as orphans?", yes=yes)
         report = service.recover(context, orphans=orphans, dry_run=dry_run)
     emit(settings, _data(report, dry_run), lambda: _show(report, dry_run))
 
@@ -47,6 +50,7 @@ def _data(report: RecoverReport, dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "undone": [_leftover(entry) for entry in report.undone],
         "remounted": [view_fields(view) for view in report.remounted],
+        "warnings": report.warnings,
         "orphans": report.orphans,
         "orphans_deleted": report.orphans_deleted,
     }
@@ -68,9 +72,11 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
         click.echo(f"{would}taken back: {entry.kind} {entry.subject} of {entry.began_at}")
     for view in report.remounted:
         click.echo(f"{would}remounted: {view.name} at {view.uri}")
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
     for orphan in report.orphans:
         where = " ".join(f"{key}={value}" for key, value in orphan.ref.items())
         fate = "deleted" if report.orphans_deleted else "left alone (--orphans deletes it)"
         click.echo(f"orphan {orphan.provider} snapshot {where}: {fate}")
-    if not (report.undone or report.remounted or report.orphans):
+    if not (report.undone or report.remounted or report.warnings or report.orphans):
         click.echo("nothing to recover")
