@@ -1,0 +1,68 @@
+"""`python -m bench`: measure, print, write docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from bench import backups, mounts, reading, stages
+from bench.ground import choose_folder, ground
+from bench.report import Table, write_page
+
+PARTS = ("stages", "full", "reading", "incremental", "start", "many")
+
+
+def main() -> int:
+    """Run the chosen parts (all by default)."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="counted runs of each contender")
+    parser.add_argument("--folder", help="work folder (default: memory, if there is plenty)")
+    parser.add_argument(
+        "--page", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+    )
+    chosen = parser.parse_args()
+    unknown = set(chosen.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
+    if os.geteuid() != 0:
+        parser.error("the pool is loop-mounted: run as root")
+    folder = choose_folder(chosen.folder)
+    wanted = chosen.parts or list(PARTS)
+    tables = _measure(folder, wanted, chosen.rounds)
+    if not chosen.parts:
+        where = "memory (tmpfs)" if str(folder).startswith("/dev/shm") else "disk"  # noqa: S108
+        write_page(tables, where, chosen.rounds, chosen.page)
+        print(f"\nwritten: {chosen.page}")
+    return 0
+
+
+def _measure(folder: Path, wanted: list[str], rounds: int) -> list[Table]:
+    tables: list[Table] = []
+
+    def show(table: Table) -> None:
+        print(table.text(), flush=True)
+        tables.append(table)
+
+    with ground(folder) as place:
+        limit_s = 0.0
+        if "stages" in wanted or "full" in wanted:
+            table, limit_s = stages.measure(place)
+            show(table)
+        if "full" in wanted:
+            show(backups.full(place, rounds, limit_s))
+        if "reading" in wanted:
+            show(reading.measure(place, rounds))
+        if "incremental" in wanted:
+            show(backups.incremental(place))
+        if "start" in wanted:
+            show(mounts.start_up(place, rounds))
+        if "many" in wanted:
+            show(mounts.many(place))
+    return tables
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Full backups beside restic and borg; the incremental of a large sparse volume."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+
+from bench.ground import GIB, MIB, Ground, tree_bytes
+from bench.measure import Sample, in_turns, medians, once, ratio
+from bench.report import Table, rate
+
+_BLOCK = 4096
+
+
+def full(ground: Ground, rounds: int, limit_s: float) -> Table:
+    """Full backup of the mixed image: seconds, size, memory; the peers in the same run."""
+    sizes: dict[str, int] = {}
+    contenders: dict[str, Callable[[], Sample]] = {
+        "offload": lambda: _offload(ground, sizes),
+        "restic --compression auto": lambda: _restic(ground, sizes),
+        "borg -e none -C zstd,1": lambda: _borg(ground, sizes),
+    }
+    taken = in_turns(contenders, rounds)
+    table = Table(
+        "Full backup of the 2 GiB mixed image to disk",
+        ("what", "seconds", "rate", "CPU s", "stored", "peak memory", "offload is"),
+    )
+    mine = taken["offload"]
+    for name, samples in taken.items():
+        m = medians(samples)
+        times = "" if name == "offload" else f"{ratio(samples, mine):.2f} × as fast"
+        table.add(
+            name,
+            f"{m.seconds:.2f}",
+            rate(2 * GIB, m.seconds),
+            f"{m.cpu_seconds:.2f}",
+            f"{sizes[name] / 1e6:.0f} MB",
+            f"{m.peak_bytes / MIB:.0f} MiB",
+            times,
+        )
+    smaller = min(size for name, size in sizes.items() if name != "offload")
+    share = limit_s / medians(mine).seconds
+    table.notes += [
+        "Goals: ≥ 3 × restic, ≥ 2.5 × borg, size within 7 % of the smaller, ≥ 0.7 × the limit, "
+        "≤ 300 MiB.",
+        "",
+        f"Size: {sizes['offload'] / smaller - 1:+.1%} against the smaller of the peers. "
+        "Against the limit of the cores (start of the program, TimeMark, catalog and fsync "
+        f"included): {share:.2f}.",
+    ]
+    return table
+
+
+def _offload(ground: Ground, sizes: dict[str, int]) -> Sample:
+    ground.fresh_store()
+    sample = ground.cli("backup", "mixed")
+    sizes["offload"] = tree_bytes(ground.store)
+    return sample
+
+
+def _restic(ground: Ground, sizes: dict[str, int]) -> Sample:
+    repo = ground.folder / "restic"
+    shutil.rmtree(repo, ignore_errors=True)
+    env = {
+        "RESTIC_PASSWORD": "bench",
+        "RESTIC_REPOSITORY": str(repo),
+        "RESTIC_CACHE_DIR": str(ground.folder / "restic-cache"),
+    }
+    once(["restic", "init"], env)
+    sample = once(["restic", "backup", "--compression", "auto", str(ground.image)], env)
+    sizes["restic --compression auto"] = tree_bytes(repo)
+    shutil.rmtree(repo)
+    return sample
+
+
+def _borg(ground: Ground, sizes: dict[str, int]) -> Sample:
+    repo = ground.folder / "borg"
+    shutil.rmtree(repo, ignore_errors=True)
+    env = {
+        "BORG_BASE_DIR": str(ground.folder / "borg-base"),
+        "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
+    }
+    once(["borg", "init", "-e", "none", str(repo)], env)
+    sample = once(["borg", "create", "-C", "zstd,1", f"{repo}::a", str(ground.image)], env)
+    sizes["borg -e none -C zstd,1"] = tree_bytes(repo)
+    shutil.rmtree(repo)
+    return sample
+
+
+def incremental(ground: Ground) -> Table:
+    """64 GiB sparse, 2 GiB of data, then 1 % of it changed: in random blocks and in runs."""
+    image = ground.image.read_bytes()
+    with ground.sparse.open("wb") as out:
+        out.truncate(64 * GIB)
+        for piece in range(64):  # 32 MiB of data at each GiB
+            out.seek(piece * GIB)
+            out.write(image[piece * 32 * MIB : (piece + 1) * 32 * MIB])
+    del image
+    ground.fresh_store()
+    first = ground.cli("backup", "sparse")
+    table = Table(
+        "Incremental of a 64 GiB sparse volume with 2 GiB of data",
+        ("night", "seconds", "changed", "read", "read ÷ changed", "stored"),
+    )
+    table.add("first (full)", f"{first.seconds:.2f}", "2.0 GiB", *_said(ground, 2 * GIB))
+    nights: dict[str, Callable[[], int]] = {
+        "nothing changed": lambda: 0,
+        "1 % in random 4 KiB blocks": lambda: _change(ground, 1),
+        "1 % in runs of 1 MiB": lambda: _change(ground, 256),
+    }
+    for name, change in nights.items():
+        changed = change()
+        sample = ground.cli("backup", "sparse")
+        table.add(
+            name, f"{sample.seconds:.2f}", f"{changed / MIB:.1f} MiB", *_said(ground, changed)
+        )
+    table.notes.append(
+        "Goal: read ≤ 1.5 × changed, time following the change. What is read includes the sample "
+        "of unchanged blocks that is read again to check the storage's change tracking."
+    )
+    return table
+
+
+def _said(ground: Ground, changed: int) -> tuple[str, str, str]:
+    last = ground.ask("backup", "list")[-1]
+    shown = ground.ask("backup", "show", last["id"])
+    read = sum(i["read_bytes"] for i in shown["images"])
+    stored = sum(i["stored_bytes"] for i in shown["images"])
+    quotient = f"{read / changed:.2f}" if changed else "-"
+    return f"{read / MIB:.1f} MiB", quotient, f"{stored / MIB:.1f} MiB"
+
+
+def _change(ground: Ground, run_blocks: int) -> int:
+    """Overwrite 1 % of the data with runs of so many blocks; returns the bytes changed."""
+    pick = random.Random(run_blocks)
+    blocks = 2 * GIB // _BLOCK
+    per_piece = 32 * MIB // _BLOCK
+    chosen: set[int] = set()
+    while len(chosen) < blocks // 100:
+        start = pick.randrange(blocks - run_blocks) // run_blocks * run_blocks
+        chosen.update(range(start, start + run_blocks))
+    with ground.sparse.open("r+b") as out:
+        for block in sorted(chosen):
+            piece, inside = divmod(block, per_piece)
+            out.seek(piece * GIB + inside * _BLOCK)
+            out.write(pick.randbytes(_BLOCK))
+        out.flush()
+        os.fsync(out.fileno())
+    return len(chosen) * _BLOCK
