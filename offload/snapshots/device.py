@@ -52,11 +52,16 @@ class DeviceProvider:
         )
 
     def prepare(self, plan: Plan) -> None:
-        """Flush what this machine still holds back of the devices, so that readers see it."""
+        """Write back what this machine holds of the devices, and forget what it has cached.
+
+        Another host may have written to a shared LUN since this one read it, or the array may have
+        put another snapshot behind it: cached pages would be answers from the past.
+        """
         for volume in plan.volumes:
             with _open(volume) as fd:
                 try:
                     os.fsync(fd)
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 except OSError as error:
                     raise _unreadable(volume, error) from error
 

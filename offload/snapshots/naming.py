@@ -79,9 +79,8 @@ def ensure_folder(path: Path) -> None:
     folder = path.parent
     instance = folder.parent
     try:
-        _make_folders(folder)
-        for place in (folder, *folder.parents[:3]):
-            fsync_folder(place)
+        for made in _make_folders(folder):
+            fsync_folder(made.parent)
     except OSError as error:
         raise pool_error(error, folder, "make") from error
     for place in (instance, folder):
@@ -93,17 +92,21 @@ def ensure_folder(path: Path) -> None:
             )
 
 
-def _make_folders(folder: Path) -> None:
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; returns those that were made, the topmost first."""
+    made: list[Path] = []
     for attempt in range(_RACES):
         try:
             for place in (*reversed(folder.parents), folder):
                 if not place.is_dir():
                     place.mkdir(mode=0o700, exist_ok=True)
+                    made.append(place)
         except FileNotFoundError:
             if attempt == _RACES - 1:
                 raise
         else:
-            return
+            break
+    return made
 
 
 def remove_empty_folders(path: Path) -> None:

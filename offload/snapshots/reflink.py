@@ -298,6 +298,8 @@ def _check_cloneable(volume: Volume, fd: int) -> None:
     except OSError as error:
         if error.errno in {errno.EOPNOTSUPP, errno.EISDIR}:
             raise _clone_error(error, volume, folder) from error
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return  # a full pool must still be looked at, so that room can be made
         raise naming.pool_error(error, folder, "write to") from error
     behind = -(-os.fstat(fd).st_size // _LARGEST_BLOCK) * _LARGEST_BLOCK
     try:

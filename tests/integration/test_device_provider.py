@@ -56,6 +56,23 @@ def test_snapshot_shows_the_device_with_its_own_sector_size(
 
 
 @pytest.mark.needs_root
+def test_prepare_pages_cached_before_another_host_wrote_are_forgotten(
+    provider: DeviceProvider, tmp_path: Path
+) -> None:
+    """The file behind a loop device stands for the array, who writes to it for the other host."""
+    file = _file(tmp_path / "lun.img")
+    with loop_device(file, read_only=True) as device, device.open("rb") as holder:
+        assert os.pread(holder.fileno(), 6, 0) == b"device"
+        with file.open("r+b") as other:
+            other.write(b"newer!")
+        assert os.pread(holder.fileno(), 6, 0) == b"device"  # from the cache
+        with taken(provider, "t1", _volume(device)) as (snapshot,):
+            image = compose.open_image(provider.source(snapshot))
+            assert image.pread(0, 6) == b"newer!"
+            image.close()
+
+
+@pytest.mark.needs_root
 def test_inspect_device_uses_no_pool(provider: DeviceProvider, tmp_path: Path) -> None:
     with loop_device(_file(tmp_path / "lun.img")) as device:
         state = provider.inspect(_volume(device))

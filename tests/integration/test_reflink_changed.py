@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -101,6 +104,49 @@ def _two_clones(path: Path, chance: random.Random, steps: int) -> Iterator[tuple
         yield older, newer
 
 
+@contextmanager
+def _writers(path: Path) -> Iterator[None]:
+    """Three threads that write to a file until the end of the block, a third of it each.
+
+    Direct and cached writes to one page at once are an error of the writer (EIO at the next fsync).
+    """
+    stop = threading.Event()
+    failed: list[OSError] = []
+
+    def _run(number: int) -> None:
+        chance, blocks = random.Random(number), _SIZE // _BLOCK // 3
+        flags = os.O_RDWR | (os.O_DIRECT if number == 1 else 0)
+        fd = os.open(path, flags)
+        mapped = mmap.mmap(fd, _SIZE) if number == 2 else None
+        block = mmap.mmap(-1, _BLOCK)  # aligned, as O_DIRECT wants it
+        try:
+            while not stop.wait(0.001):
+                at = (number * blocks + chance.randrange(blocks)) * _BLOCK
+                block[:] = chance.randbytes(_BLOCK)
+                if mapped is not None:
+                    mapped[at : at + _BLOCK] = block[:]
+                else:
+                    os.pwrite(fd, block, at)
+        except OSError as error:
+            failed.append(error)
+        finally:
+            if mapped is not None:
+                mapped.close()
+            block.close()
+            os.close(fd)
+
+    threads = [threading.Thread(target=_run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+
+
 def _fresh(path: Path, chance: random.Random, size: int = _SIZE) -> Path:
     with path.open("xb") as out:
         os.ftruncate(out.fileno(), size)
@@ -119,6 +165,26 @@ def test_changed_after_random_changes_misses_no_byte(pool: Path, seed: int) -> N
             paths = Path(older.ref["path"]), Path(newer.ref["path"])
             missed = _differing_blocks(*paths) - _blocks(changed)
             assert missed == set()
+
+
+def test_changed_under_live_writers_misses_no_byte(pool: Path) -> None:
+    """Buffered, O_DIRECT and mapped writes go on while clones are taken and compared."""
+    path = _fresh(pool / "db.img", random.Random(7))
+    provider = ReflinkProvider("ilive00000")
+    volume = Volume(name="db", provider="reflink", path=path)
+    with _writers(path), ExitStack() as stack:
+        (older,) = stack.enter_context(taken(provider, "t0", volume))
+        differing = 0
+        for at in range(1, 6):
+            time.sleep(0.05)
+            (newer,) = stack.enter_context(taken(provider, f"t{at}", volume))
+            changed = provider.changed(older, newer)
+            assert changed is not None
+            found = _differing_blocks(Path(older.ref["path"]), Path(newer.ref["path"]))
+            assert found - _blocks(changed) == set()
+            differing += len(found)
+            older = newer
+    assert differing > 5  # they did write
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])

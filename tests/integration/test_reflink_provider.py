@@ -228,6 +228,7 @@ def test_snapshot_full_pool_is_no_space_and_leaves_nothing(
             with pytest.raises(OffloadError) as refused:
                 _snapshot_until_refused(provider, volume)
             assert refused.value.code == "no-space"
+            assert provider.inspect(volume).pool_free_bytes < 1 << 20
         for ref in provider.leftovers([volume]):
             provider.delete(ref)
         assert _files(pool) == ["db.img"]
