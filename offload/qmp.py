@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import socket as sockets
+import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,16 +51,20 @@ class Qmp:
     where a command is refused. Events that arrive in between are kept in `events`.
     """
 
-    def __init__(self, socket: Path, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, socket: Path, timeout_s: float = 5.0, *, wire: sockets.socket | None = None
+    ) -> None:
+        """Connect to `socket`, or speak over `wire`, already connected (it is closed with this)."""
         self.socket = socket
         self.timeout_s = timeout_s
         self.events: list[dict[str, Any]] = []
         self._pending = b""
         self._count = 0
-        self._wire = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        self._wire = wire or sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
         try:
             self._wire.settimeout(timeout_s)
-            self._connect()
+            if wire is None:
+                self._connect()
             greeting = self._receive(time.monotonic() + timeout_s)
             version = greeting["QMP"]["version"]["qemu"]
             self.version = (int(version["major"]), int(version["minor"]))
@@ -85,14 +91,23 @@ class Qmp:
                 f"cannot connect to QMP at {self.socket}: {error.strerror}", code="qmp-unavailable"
             ) from error
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a command and return its result."""
+    def execute(
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        fds: Sequence[int] = (),
+    ) -> Any:
+        """Run a command and return its result. `fds` go with it (for `getfd` and `add-fd`)."""
         self._count += 1
         message: dict[str, Any] = {"execute": command, "id": self._count}
         if arguments:
             message["arguments"] = arguments
         try:
-            self._wire.sendall(json.dumps(message).encode() + b"\n")
+            self._wire.settimeout(self.timeout_s)
+            line = json.dumps(message).encode() + b"\n"
+            sent = sockets.send_fds(self._wire, [line], list(fds)) if fds else 0
+            self._wire.sendall(line[sent:])
         except OSError as error:
             raise self._lost(error) from error
         until = time.monotonic() + self.timeout_s
@@ -120,6 +135,13 @@ class Qmp:
                 return None
             if "event" in message:
                 self.events.append(message)
+
+    def peer_pid(self) -> int:
+        """The process that listens on the socket."""
+        size = struct.calcsize("3i")  # struct ucred, linux/socket.h: pid, uid, gid
+        raw = self._wire.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, size)
+        pid: int = struct.unpack("3i", raw)[0]
+        return pid
 
     def close(self) -> None:
         """End the session. Idempotent."""

@@ -48,6 +48,8 @@ class NbdImage:
         self._served = served
         self._has_extents = handle.can_meta_context(_ALLOCATION)
         self._align = max(1, handle.get_block_size(0))  # LIBNBD_SIZE_MINIMUM
+        most: int = handle.get_block_size(2)  # LIBNBD_SIZE_MAXIMUM; 0: the server does not say
+        self._read_max = min(most or _READ_MAX, _READ_MAX)
         self.size_bytes: int = served if size_bytes is None else size_bytes
         if served < self.size_bytes:
             self.close()
@@ -74,41 +76,27 @@ class NbdImage:
             if length:
                 yield Extent(offset, length, ExtentKind.DATA)
             return
-        for start, size, flags in self.block_status(_ALLOCATION, offset, length):
-            yield Extent(start, size, _kind(flags))
-
-    def block_status(
-        self, context: str, offset: int, length: int
-    ) -> Iterator[tuple[int, int, int]]:
-        """`(offset, length, flags)` of a metadata context, covering the range exactly.
-
-        UnavailableError (`nbd-no-context`) where the server does not offer the context.
-        """
         at, end = offset, offset + length
         while at < end:
             start = at // self._align * self._align
             want = min(-(-(end - start) // self._align) * self._align, _STATUS_MAX)
             want = min(want, self._served - start)
-            for size, flags in self._ask_status(context, start, want):
+            for size, flags in self._ask_status(start, want):
                 stop = min(start + size, end)
                 if stop > at:
-                    yield at, stop - at, flags
+                    yield Extent(at, stop - at, _kind(flags))
                     at = stop
                 start += size
 
-    def _ask_status(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
+    def _ask_status(self, offset: int, length: int) -> list[tuple[int, int]]:
         entries: list[tuple[int, int]] = []
 
         def collect(name: str, _offset: int, flat: list[int], _error: object) -> int:
-            if name == context:
+            if name == _ALLOCATION:
                 entries.extend(zip(flat[::2], flat[1::2], strict=True))
             return 0
 
         with self._connection() as handle:
-            if not handle.can_meta_context(context):
-                raise UnavailableError(
-                    f"{self.uri} does not offer {context}", code="nbd-no-context"
-                )
             cookie = handle.aio_block_status(length, offset, collect)
             _finish(handle, cookie)
         if not entries or entries[0][0] == 0:
@@ -134,7 +122,7 @@ class NbdImage:
     def _read(self, offset: int, view: memoryview) -> None:
         import nbd
 
-        cuts = [*range(0, len(view), _READ_MAX), len(view)]
+        cuts = [*range(0, len(view), self._read_max), len(view)]
         with self._connection() as handle:
             for start, stop in pairwise(cuts):
                 part = nbd.Buffer.from_buffer(view[start:stop])
@@ -193,35 +181,10 @@ class NbdImage:
         handle = nbd.NBD()
         try:
             handle.add_meta_context(_ALLOCATION)
-            for context in self._extra_contexts():
-                handle.add_meta_context(context)
             handle.connect_uri(self.uri)
         except nbd.Error as error:
             raise _translate(self.uri, error) from error
         return handle
-
-    def _extra_contexts(self) -> tuple[str, ...]:
-        """More metadata contexts to negotiate."""
-        return ()
-
-
-class BitmapNbdImage(NbdImage):
-    """An export whose dirty bitmap is read too: context `qemu:dirty-bitmap:NAME`."""
-
-    def __init__(self, uri: str, bitmap: str) -> None:
-        self.context = f"qemu:dirty-bitmap:{bitmap}"
-        super().__init__(uri, connections=1)
-
-    def _extra_contexts(self) -> tuple[str, ...]:
-        return (self.context,)
-
-    def dirty(self) -> list[tuple[int, int]]:
-        """`(start, end)` of every range whose bitmap flag is set, in order."""
-        return [
-            (start, start + size)
-            for start, size, flags in self.block_status(self.context, 0, self.size_bytes)
-            if flags & 1  # NBD_STATE_DIRTY: QEMU docs/interop/nbd.txt
-        ]
 
 
 def _kind(flags: int) -> ExtentKind:

@@ -13,7 +13,7 @@ PACKAGES = ("offload", "targets", "nbd_plugins")
 # Families of drivers: a driver imports neither another family nor a sibling, but for the modules
 # that its family shares.
 FAMILIES: dict[str, set[str]] = {
-    "offload.snapshots": {"naming", "volume_file"},
+    "offload.snapshots": {"naming", "qcow2_live", "qcow2_rest", "volume_file"},
     "offload.quiescers": {"coverage", "guardian", "holder"},
     "offload.stores": set(),
     "offload.images": set(),
