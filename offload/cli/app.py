@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import click
 
+from offload.errors import CleanupError
+
 _SENTENCE = 120  # characters
 
 
@@ -21,6 +23,7 @@ class Settings:
     json: bool = False
     debug: bool = False
     quiet: bool = False
+    unclean: CleanupError | None = None  # what an earlier process left and could not be taken back
 
 
 def settings_of(ctx: click.Context) -> Settings:

@@ -119,7 +119,10 @@ def run(args: Sequence[str]) -> int:
         return failures.interrupted(stop, settings)
     except Exception as error:  # noqa: BLE001 - the outermost place: nothing may escape as a traceback
         return failures.report(error, settings)
-    return result if isinstance(result, int) else 0
+    code = result if isinstance(result, int) else 0
+    if settings.unclean is not None and code == 0:
+        return failures.report(settings.unclean, settings)
+    return code
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> NoReturn:

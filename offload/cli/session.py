@@ -44,25 +44,22 @@ def changing_context(settings: Settings) -> Iterator[Context]:
     """The opened instance, after what a dead process left has been taken back.
 
     Where that fails the command still runs (a stuck leftover of one group must not stop the backups
-    of the others) and CleanupError is raised at its end.
+    of the others), and the failure is reported when its result has been printed.
     """
     from offload.services.context import open_context
 
     with open_context(settings.config_path) as context:
-        failed: CleanupError | None = None
         try:
             for done in context.journal.recover():
                 note(settings, f"took back {done.kind} {done.subject} of a dead process")
         except CleanupError as error:
-            failed = error
+            settings.unclean = error
         try:
             yield context
         except BaseException as error:
-            if failed is not None:
-                error.add_note(failed.message)
+            if settings.unclean is not None:
+                error.add_note(settings.unclean.message)
             raise
-        if failed is not None:
-            raise failed
 
 
 def confirm(settings: Settings, question: str, *, yes: bool) -> None:
