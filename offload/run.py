@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def spawn(
     new_session: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start a program; the caller ends it (see `terminate`). Streams default to pipes."""
-    try:
+    with _translated(argv[0]):
         return subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL if stdin is None else stdin,
@@ -144,15 +145,59 @@ def spawn(
             pass_fds=tuple(pass_fds),
             start_new_session=new_session,
         )
+
+
+def spawn_detached(
+    argv: Sequence[str], *, output: int, env: Mapping[str, str] | None = None
+) -> int:
+    """Start a server that outlives us; returns its pid. Its folder is `/`, its session its own.
+
+    Both its streams go to the descriptor `output`. It has no parent but init from its first
+    instruction on: a program that asks for a signal at its parent's end (nbdkit 1.32 does in the
+    foreground: PR_SET_PDEATHSIG) would otherwise end with us.
+    """
+    reader, writer = os.pipe()
+
+    def leave() -> None:
+        middle = os.getpid()
+        if os.fork():
+            os._exit(0)
+        while os.getppid() == middle:
+            os.sched_yield()
+        os.write(writer, str(os.getpid()).encode())
+
+    try:
+        with _translated(argv[0]):
+            first = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=child_env(env),
+                cwd="/",
+                start_new_session=True,
+                preexec_fn=leave,  # noqa: PLW1509 - system calls only, then it executes
+            )
+        first.wait()
+        return int(os.read(reader, 32))
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@contextmanager
+def _translated(program: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as missing:
         raise UnavailableError(
-            f"the program {argv[0]} is not installed",
+            f"the program {program} is not installed",
             code="program-missing",
             hint="see: offload doctor",
         ) from missing
     except PermissionError as denied:
         raise UnavailableError(
-            f"the program {argv[0]} may not be run", code="program-missing"
+            f"the program {program} may not be run", code="program-missing"
         ) from denied
 
 

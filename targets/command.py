@@ -38,7 +38,7 @@ class Command:
 
 
 def build(program: str, request: ExportRequest, port: int | None) -> Command:
-    """Foreground, because the caller makes the session; errors to standard error, which is the log.
+    """In the foreground, because a server in the background has no standard error: ours is the log.
 
     Writes the source's record into the run folder where a plugin needs one.
     """

@@ -24,7 +24,6 @@ import ipaddress
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -221,32 +220,22 @@ def _start(program: str, request: ExportRequest, port: int | None) -> dict[str, 
         log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
     )
     try:
-        process = run.spawn(
-            built.argv, stdout=fd, stderr=fd, env=built.env, cwd=Path("/"), new_session=True
-        )
+        pid = run.spawn_detached(built.argv, output=fd, env=built.env)
     finally:
         os.close(fd)
+    ref = procs.ref_of(pid)
+    if ref is None:
+        raise _explain(request)
     try:
-        export = _wait_ready(process, request, address)
-        _check_export(export, request)
-        ref = _ref_of(process, request)
+        _check_export(_wait_ready(ref, request, address), request)
     except BaseException:
-        run.terminate(process, grace_s=1.0)
+        processes.end_servers(request.run_dir, ref)
         raise
-    # The server is to outlive us: it is no longer ours to wait for.
-    process.returncode = 0
     return ref.to_strings()
 
 
-def _ref_of(process: subprocess.Popen[bytes], request: ExportRequest) -> procs.ProcessRef:
-    ref = procs.ref_of(process.pid)
-    if ref is None:
-        raise _explain(request)
-    return ref
-
-
 def _wait_ready(
-    process: subprocess.Popen[bytes], request: ExportRequest, address: handshake.Address
+    server: procs.ProcessRef, request: ExportRequest, address: handshake.Address
 ) -> handshake.Export:
     """Ask what is exported until the server answers or ends.
 
@@ -255,7 +244,7 @@ def _wait_ready(
     until = time.monotonic() + _READY_S
     pid_file = request.run_dir / command.PID_FILE
     while (left := until - time.monotonic()) > 0:
-        if process.poll() is not None:
+        if not server.alive():
             raise _explain(request)
         if pid_file.exists():
             try:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -246,8 +247,31 @@ def test_server_has_no_descriptor_terminal_or_session_of_ours(
     held = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
     lock.close()
     assert not any("lock" in name or "/dev/pts" in name or "tty" in name for name in held)
-    assert os.getsid(pid) == pid
+    assert os.getsid(pid) != os.getsid(0)
     assert request_.run_dir.stat().st_mode & 0o777 == 0o700
+
+
+def test_server_outlives_the_process_that_started_it(
+    target: NbdTarget, request_: ExportRequest
+) -> None:
+    assert isinstance(request_.source, RawSource)
+    script = f"""
+from pathlib import Path
+from offload.model import RawSource
+from offload.target import ExportRequest
+from targets.nbd import NbdTarget
+source = RawSource(path=Path({str(request_.source.path)!r}), size_bytes={4 * MIB})
+folder = Path({str(request_.run_dir)!r})
+made = NbdTarget().export(
+    ExportRequest(view_id="v1", name="one", source=source, run_dir=folder)
+)
+print(made.uri)
+"""
+    uri = run.run([sys.executable, "-c", script]).stdout.strip()
+    time.sleep(0.1)
+    with connect(uri) as client:
+        assert len(client.nbd.pread(512, 0)) == 512
+    target.withdraw(request_.run_dir, {})
 
 
 def test_composed_server_source_is_private_and_not_on_the_command_line(
