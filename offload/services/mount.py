@@ -7,9 +7,9 @@ then deletes the TimeMark if it was made for this mount):
 | --- | --- |
 | `mount.timemark.intended` | perhaps a fresh TimeMark |
 | `mount.timemark.done` | a fresh TimeMark |
-| `mount.server.intended` | perhaps a server and its folder |
-| `mount.server.done` | a server that no catalog knows |
-| `mount.row.done`, `mount.commit.before` | a complete view that nobody was told of |
+| `mount.server-N.intended` | perhaps a server and its folder |
+| `mount.server-N.done` | a server that no catalog knows |
+| `mount.row-N.done`, `mount.commit.before` | complete views that nobody was told of |
 | `mount.commit.after` | nothing: the view is mounted |
 
 `unmount` journals the same undo actions, so that recovery finishes it. `remount` journals only the
@@ -102,10 +102,16 @@ def mount(
             found += points.of_timemark(ctx, origin)
         taken = {view.name for view in ctx.catalog.views()}
         views = []
-        for point in found:
+        for number, point in enumerate(found, 1):
             name = options.name or _free_name(point, taken)
             taken.add(name)
-            views.append(_serve(ctx, op, point, name, options))
+            view = _planned(point, name, options)
+            op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
+            view = _exported(ctx, view, options.transport, options.address, options.port)
+            op.done(f"server-{number}")
+            ctx.catalog.add_view(view)
+            op.done(f"row-{number}")
+            views.append(view)
     return views
 
 
@@ -128,15 +134,15 @@ def unmount(
             _check_idle(ctx, view)
     fresh = _fresh_timemarks(ctx, chosen)
     with ctx.journal.operation("unmount", ", ".join(view.name for view in chosen)) as op:
-        for number in fresh:  # undone last
-            op.intend("timemark", "delete-fresh", {"id": number})
-        for view in chosen:
-            op.intend("server", "withdraw-view", _undo_args(ctx, view))
-        for view in chosen:
-            _take_away(ctx, op, view)
-        for number in fresh:
-            timemark.delete_if_unused(ctx, number)
-            op.done("timemark")
+        for number, made in enumerate(fresh, 1):  # undone last
+            op.intend(f"timemark-{number}", "delete-fresh", {"id": made})
+        for number, view in enumerate(chosen, 1):
+            op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
+        for number, view in enumerate(chosen, 1):
+            _take_away(ctx, op, number, view)
+        for number, made in enumerate(fresh, 1):
+            timemark.delete_if_unused(ctx, made)
+            op.done(f"timemark-{number}")
     return chosen
 
 
@@ -258,78 +264,59 @@ def _free_name(point: Point, taken: set[str]) -> str:
 # -- servers and rows -------------------------------------------------------------------------
 
 
-def _serve(ctx: Context, op: Operation, point: Point, name: str, options: MountOptions) -> View:
-    view_id = ViewId(new_id())
-    run_dir = _run_dir(ctx, view_id)
-    target = compose.target(options.target)
-    op.intend(
-        "server",
-        "withdraw-view",
-        {"id": view_id, "target": options.target, "run_dir": str(run_dir)},
-    )
-    endpoint = target.export(
-        ExportRequest(
-            view_id=view_id,
-            name=name,
-            source=point.source,
-            run_dir=run_dir,
-            writable=options.writable,
-            transport=options.transport,
-            address=options.address,
-            port=options.port,
-        )
-    )
-    op.done("server")
-    view = View(
-        id=view_id,
+def _planned(point: Point, name: str, options: MountOptions) -> View:
+    """The view before it is served: its id is journalled first."""
+    return View(
+        id=ViewId(new_id()),
         name=name,
         origin=point.origin,
         target=options.target,
-        uri=endpoint.uri,
+        uri="",
         writable=options.writable,
         size_bytes=point.source.size_bytes,
         sector_size=point.source.sector_size,
         created_at=datetime.now(UTC),
         source=point.source,
-        server=endpoint.server,
     )
-    ctx.catalog.add_view(view)
-    op.done("row")
-    return view
+
+
+def _exported(ctx: Context, view: View, transport: str, address: str, port: int | None) -> View:
+    endpoint = compose.target(view.target).export(
+        ExportRequest(
+            view_id=view.id,
+            name=view.name,
+            source=view.source,
+            run_dir=_run_dir(ctx, view.id),
+            writable=view.writable,
+            transport=transport,
+            address=address,
+            port=port,
+        )
+    )
+    return replace(view, uri=endpoint.uri, server=endpoint.server)
 
 
 def _serve_again(ctx: Context, view: View) -> View:
-    target, run_dir = compose.target(view.target), _run_dir(ctx, view.id)
     address = urlsplit(view.uri)
     with ctx.journal.operation("remount", view.name) as op:
         op.intend("server", "stop-server", _undo_args(ctx, view))
-        target.withdraw(run_dir, view.server)  # its folder, where no reboot has removed it
-        endpoint = target.export(
-            ExportRequest(
-                view_id=view.id,
-                name=view.name,
-                source=view.source,
-                run_dir=run_dir,
-                writable=view.writable,
-                transport="tcp" if address.hostname else "unix",
-                address=address.hostname or "",
-                port=address.port,
-            )
-        )
+        # what no reboot has removed: the folder, and a server of a remount that was cut off
+        compose.target(view.target).withdraw(_run_dir(ctx, view.id), view.server)
+        transport = "tcp" if address.hostname else "unix"
+        again = _exported(ctx, view, transport, address.hostname or "", address.port)
         op.done("server")
-        again = replace(view, uri=endpoint.uri, server=endpoint.server)
         ctx.catalog.update_view(again)
         op.done("row")
     return again
 
 
-def _take_away(ctx: Context, op: Operation, view: View) -> None:
+def _take_away(ctx: Context, op: Operation, number: int, view: View) -> None:
     ctx.catalog.update_view(replace(view, state=ViewState.CLOSING))
-    op.done("closing")
+    op.done(f"closing-{number}")
     compose.target(view.target).withdraw(_run_dir(ctx, view.id), view.server)
-    op.done("server")
+    op.done(f"server-{number}")
     ctx.catalog.delete_view(view.id)
-    op.done("row")
+    op.done(f"row-{number}")
 
 
 def _withdraw(catalog: Catalog, args: Mapping[str, str]) -> None:

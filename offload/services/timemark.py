@@ -394,13 +394,8 @@ def delete(ctx: Context, prefix: str) -> TimeMark:
     with claim_timemark(ctx.instance, timemark.id):
         check_deletable(ctx, timemark)
         with ctx.journal.operation("timemark-delete", timemark.id) as op:
-            op.intend("catalog", "forget-timemark", {"id": timemark.id})
-            for snapshot in timemark.snapshots:
-                op.intend(
-                    f"snapshot-{snapshot.volume}",
-                    "delete-snapshot",
-                    _ref(snapshot.provider, snapshot.ref),
-                )
+            # one intent for all: of several, a crash between two would make half durable
+            op.intend("all", "delete-timemark", {"id": timemark.id})
             for snapshot in timemark.snapshots:
                 provider = compose.snapshot_provider(snapshot.provider, ctx.instance.id)
                 provider.delete(dict(snapshot.ref))
@@ -447,6 +442,17 @@ def undo_timemark(instance: Instance, catalog: Catalog, args: Mapping[str, str])
     _forget(catalog, args["id"])
 
 
+def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
+    """Finish the deletion of a TimeMark: the row goes last, it names the snapshots."""
+    try:
+        known = catalog.timemark(args["id"])
+    except NotFoundError:
+        return
+    for snapshot in known.snapshots:
+        compose.snapshot_provider(snapshot.provider, instance.id).delete(dict(snapshot.ref))
+    _forget(catalog, known.id)
+
+
 def undo_fresh(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     """Delete a TimeMark made for a mount or a backup that did not come about."""
     try:
@@ -456,6 +462,4 @@ def undo_fresh(instance: Instance, catalog: Catalog, args: Mapping[str, str]) ->
     start = f"timemark:{known.id}/"
     if _is_parent(catalog, known.id) or any(v.origin.startswith(start) for v in catalog.views()):
         return
-    for snapshot in known.snapshots:
-        compose.snapshot_provider(snapshot.provider, instance.id).delete(dict(snapshot.ref))
-    _forget(catalog, known.id)
+    undo_delete(instance, catalog, args)

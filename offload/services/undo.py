@@ -17,6 +17,7 @@ UndoAction = Callable[[Instance, Catalog, Args], None]
 ACTIONS = {
     "delete-snapshot": "offload.services.timemark:undo_snapshot",  # provider, ref (JSON)
     "forget-timemark": "offload.services.timemark:undo_timemark",  # id
+    "delete-timemark": "offload.services.timemark:undo_delete",  # id
     "delete-fresh": "offload.services.timemark:undo_fresh",  # id
     "thaw-local": "offload.quiescers.local:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
