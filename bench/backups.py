@@ -12,6 +12,14 @@ from bench.measure import Sample, in_turns, medians, once, ratio
 from bench.report import Table, rate
 
 _BLOCK = 4096
+_FULL_GOALS = (
+    "Goals: ≥ 3 × restic, ≥ 2.5 × borg, size within 7 % of the smaller, ≥ 0.7 × the limit, "
+    "≤ 300 MiB."
+)
+_SIZE_AND_LIMIT = (
+    "Size: {:+.1%} against the smaller of the peers. Against the limit of the cores (start of the "
+    "program, TimeMark, catalog and fsync included): {:.2f}."
+)
 
 
 def full(ground: Ground, rounds: int, limit_s: float) -> Table:
@@ -42,14 +50,7 @@ def full(ground: Ground, rounds: int, limit_s: float) -> Table:
         )
     smaller = min(size for name, size in sizes.items() if name != "offload")
     share = limit_s / medians(mine).seconds
-    table.notes += [
-        "Goals: ≥ 3 × restic, ≥ 2.5 × borg, size within 7 % of the smaller, ≥ 0.7 × the limit, "
-        "≤ 300 MiB.",
-        "",
-        f"Size: {sizes['offload'] / smaller - 1:+.1%} against the smaller of the peers. "
-        "Against the limit of the cores (start of the program, TimeMark, catalog and fsync "
-        f"included): {share:.2f}.",
-    ]
+    table.notes += [_FULL_GOALS, "", _SIZE_AND_LIMIT.format(sizes["offload"] / smaller - 1, share)]
     return table
 
 

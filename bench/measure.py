@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -29,10 +28,19 @@ class BenchError(Exception):
 
 
 def once(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Sample:
-    """Run a process to its end and account for it."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    """Run a process to its end and account for it.
+
+    GNU time starts it: a child's peak memory would else begin with that of this process, which the
+    kernel carries over fork and exec.
+    """
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        tempfile.NamedTemporaryFile("r") as peak,
+    ):
+        timed = ["/usr/bin/time", "-q", "-f", "%M", "-o", peak.name, *argv]
         began = time.perf_counter()
-        process = run.spawn(argv, stdout=out.fileno(), stderr=err.fileno(), env=env)
+        process = run.spawn(timed, stdout=out.fileno(), stderr=err.fileno(), env=env)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -43,7 +51,7 @@ def once(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Sample:
         return Sample(
             seconds=seconds,
             cpu_seconds=usage.ru_utime + usage.ru_stime,
-            peak_bytes=usage.ru_maxrss * 1024,
+            peak_bytes=int(peak.read()) * 1024,
             stdout=out.read().decode("utf-8", "replace"),
         )
 
@@ -76,8 +84,3 @@ def in_turns(
 def ratio(a: Sequence[Sample], b: Sequence[Sample]) -> float:
     """Median of the rounds' quotients: how many times longer `a` took than `b`."""
     return statistics.median(x.seconds / y.seconds for x, y in zip(a, b, strict=True))
-
-
-def own_peak_bytes() -> int:
-    """Peak resident set of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
