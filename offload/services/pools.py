@@ -47,10 +47,12 @@ class PoolState:
 
 
 def survey(ctx: Context, states: Mapping[str, VolumeState]) -> list[PoolState]:
-    """The pools of these volumes."""
+    """The pools of these volumes; a volume whose snapshots take no space anywhere has none."""
     mark = Watermark.parse(ctx.instance.config.pool.min_free)
     found: dict[str, PoolState] = {}
     for volume, state in states.items():
+        if not state.pool:
+            continue
         before = found.get(state.pool)
         found[state.pool] = PoolState(
             name=state.pool,
