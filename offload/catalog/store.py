@@ -119,15 +119,18 @@ class Catalog:
                 error.hint = "list what there is with: offload views"
             raise
 
-    def views(self, group: str | None = None) -> list[View]:
-        """All, or those that show a TimeMark or a backup of one group; the newest last."""
+    def views(self) -> list[View]:
+        """All, the newest last."""
         table = tables.views
-        found = self._all(select(table).order_by(table.c.created_at, table.c.id), rows.view_of)
-        if group is None:
-            return found
-        origins = {f"timemark:{mark.id}" for mark in self.timemarks(group)}
-        origins |= {f"backup:{backup.id}" for backup in self.backups(group=group)}
-        return [view for view in found if view.origin.partition("/")[0] in origins]
+        return self._all(select(table).order_by(table.c.created_at, table.c.id), rows.view_of)
+
+    def views_of_group(self, group: str) -> list[View]:
+        """The views that mounting the group by its name made; the newest last.
+
+        Not those of a TimeMark that somebody took, or of a backup: whoever mounted these ends them.
+        """
+        made = {f"timemark:{m.id}" for m in self.timemarks(group) if m.purpose == "mount"}
+        return [view for view in self.views() if view.origin.partition("/")[0] in made]
 
     # backups
 

@@ -88,7 +88,7 @@ def mount(
 )
 @click.argument("names", nargs=-1, metavar="VIEW...", shell_complete=complete.views)
 @click.option("--all", "all_views", is_flag=True, help="Every view of this instance.")
-@click.option("--group", shell_complete=complete.groups, help="Every view of this group.")
+@click.option("--group", shell_complete=complete.groups, help="All that `mount GROUP` made.")
 @click.option("--force", is_flag=True, help="Even where clients are connected.")
 @click.pass_context
 def unmount(
@@ -102,7 +102,7 @@ def unmount(
     settings = settings_of(ctx)
     with changing_context(settings) as context:
         if group is not None:
-            names = tuple(view.name for view in context.catalog.views(group))
+            names = tuple(view.name for view in context.catalog.views_of_group(group))
             if not names:
                 context.instance.config.group(group)  # an unknown group is an error
         gone = (

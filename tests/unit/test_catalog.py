@@ -258,6 +258,18 @@ def test_view_unknown_hint_names_the_command_that_lists(catalog: Catalog) -> Non
     assert caught.value.hint.endswith("offload views")
 
 
+def test_views_of_group_are_those_that_mounting_it_made(catalog: Catalog) -> None:
+    for mark, group, purpose in (
+        ("mark1", "shop", "mount"), ("mark2", "shop", "user"), ("mark3", "web", "mount"),
+    ):  # fmt: skip
+        catalog.add_timemark(replace(a_timemark(mark, group=group), purpose=purpose))
+        catalog.add_view(replace(a_view(f"view{mark}", f"n{mark}"), origin=f"timemark:{mark}/db"))
+    catalog.add_backup(a_backup("back1"))
+    catalog.add_view(replace(a_view("viewb", "nb"), origin="backup:back1/db"))
+    assert [view.name for view in catalog.views_of_group("shop")] == ["nmark1"]
+    assert catalog.views_of_group("nosuch") == []
+
+
 def test_update_view_changes_state_and_server(catalog: Catalog) -> None:
     catalog.add_view(a_view())
     changed = replace(a_view(), state=ViewState.CLOSING, server={"pid": "99"})
