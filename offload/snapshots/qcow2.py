@@ -64,7 +64,7 @@ class Qcow2Provider:
             live = qcow2_live.find(volume)
             info = image_info(volume.path, shared=live is not None)
             identity = file_identity(fd)
-            allocated = os.fstat(fd).st_blocks * 512  # stat(2): units of 512 bytes
+            allocated = _allocated(volume.path)
         finally:
             os.close(fd)
         size = live.size_bytes if live is not None else int(info["virtual-size"])
@@ -76,7 +76,7 @@ class Qcow2Provider:
             identity=identity,
             allocated_bytes=allocated,
             extents=0,
-            estimate_s=_LIVE_S if live is not None else _REST_S + allocated / _BYTES_PER_S,
+            estimate_s=_LIVE_S if live is not None else _rest_s(allocated),
             pool=pool,
             pool_size_bytes=pool_size,
             pool_free_bytes=pool_free,
@@ -94,7 +94,7 @@ class Qcow2Provider:
             refs=refs,
             instant_alone=Instant.ONE if len(places) == 1 else Instant.NONE,
             estimate_s=sum(
-                _LIVE_S if ref["kind"] == "fleece" else self.inspect(volume).estimate_s
+                _LIVE_S if ref["kind"] == "fleece" else _rest_s(_allocated(volume.path))
                 for volume, ref in zip(volumes, refs, strict=True)
             ),
         )
@@ -306,6 +306,18 @@ def _open(volume: Volume) -> int:
     except OSError as error:
         raise naming.pool_error(error, volume.path, "read") from error
     return fd
+
+
+def _allocated(path: Path) -> int:
+    """Bytes that the file takes; 0 where it is not there (`inspect` reports that)."""
+    try:
+        return path.stat().st_blocks * 512  # stat(2): units of 512 bytes, always
+    except OSError:
+        return 0
+
+
+def _rest_s(allocated_bytes: int) -> float:
+    return _REST_S + allocated_bytes / _BYTES_PER_S
 
 
 def _pool_of(path: Path) -> tuple[str, int, int]:

@@ -26,6 +26,7 @@ if another program uses it, TimeMarks are refused (`nbd-server-busy`).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket as sockets
 import time
@@ -127,7 +128,7 @@ def _find(qmp: Qmp, image: Path) -> Node | None:
         if entry["drv"] != "qcow2":
             continue
         with contextlib.suppress(OSError):
-            name = entry["image"]["filename"]
+            name = _file_name(entry["image"]["filename"])
             status = Path(f"/proc/{qmp.peer_pid()}/cwd", name).stat()
             if (status.st_dev, status.st_ino) != (wanted.st_dev, wanted.st_ino):
                 continue
@@ -139,6 +140,14 @@ def _find(qmp: Qmp, image: Path) -> Node | None:
                 )
             return Node(name=entry["node-name"], size_bytes=entry["image"]["virtual-size"])
     return None
+
+
+def _file_name(shown: str) -> str:
+    """QEMU shows a disk with options of its own as a `json:` description of its nodes."""
+    if not shown.startswith("json:"):
+        return shown
+    name: str = json.loads(shown.removeprefix("json:")).get("file", {}).get("filename", "")
+    return name
 
 
 def prepare(fleece: Fleece) -> None:

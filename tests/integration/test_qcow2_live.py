@@ -235,9 +235,14 @@ def test_live_qemu_gone_leaves_files_only_and_delete_removes_them(lab: Lab) -> N
 
 def test_live_image_without_qmp_socket_is_in_use(lab: Lab) -> None:
     volume = replace(lab.volumes[0], qmp_socket=None)
-    for attempt in (lab.provider.inspect, lambda v: lab.provider.plan("t1", [v])):
+    plan = lab.provider.plan("t1", [volume])
+    for attempt in (
+        lambda: lab.provider.inspect(volume),
+        lambda: lab.provider.snapshot(plan),
+        lambda: lab.provider.delete(dict(plan.refs[0])),
+    ):
         with pytest.raises(BusyError) as caught:
-            attempt(volume)
+            attempt()
         assert caught.value.code == "volume-in-use"
 
 
@@ -268,6 +273,8 @@ def test_live_backing_layer_of_a_disk_is_refused(lab: Lab) -> None:
     with pytest.raises(PolicyError) as caught:
         lab.provider.plan("t1", lab.volumes)
     assert caught.value.code == "not-the-active-layer"
+    top = replace(lab.volumes[0], path=overlay)
+    assert lab.provider.plan("t1", [top]).refs[0]["kind"] == "fleece"
 
 
 def test_live_internal_snapshot_from_before_the_start_is_deleted_through_qemu(
