@@ -19,11 +19,8 @@ A writable view lies on nbdkit's `cow` filter: writes go to an unlinked temporar
 from __future__ import annotations
 
 import contextlib
-import errno
-import ipaddress
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,13 +32,12 @@ from offload.errors import (
     IntegrityError,
     NotFoundError,
     OffloadError,
-    PrivilegeError,
     UnavailableError,
     UsageError,
 )
 from offload.model import BackupSource, Qcow2Source, RawSource
 from offload.target import Client, Endpoint, ExportRequest
-from targets import command, handshake, processes
+from targets import command, handshake, loopback, processes
 
 _READY_S = 10.0
 _PORT_TRIES = 5
@@ -67,7 +63,7 @@ class NbdTarget:
             )
         run.require_program("nbdkit", "nbdkit")
         if transport == "tcp":
-            _check_tcp(address, port)
+            loopback.check(address, port)
         elif port is not None:
             raise UsageError(
                 "a port goes with the transport tcp only", code="bad-port", hint="leave it out"
@@ -122,47 +118,6 @@ class NbdTarget:
         return processes.unix_clients(ref.pid, run_dir / command.SOCKET)
 
 
-def _check_tcp(address: str, port: int | None) -> None:
-    if not _is_loopback(address):
-        raise UsageError(
-            f"{address} is no loopback address: NBD without TLS has neither authentication nor "
-            "encryption",
-            code="not-loopback",
-            hint="use 127.0.0.1 or ::1, or the unix socket through an SSH tunnel",
-        )
-    if port is None:
-        return
-    if not 0 < port < 65536:
-        raise UsageError(f"there is no TCP port {port}", code="bad-port")
-    try:
-        _bind(address, port)
-    except PermissionError as error:
-        raise PrivilegeError(
-            f"port {port} is for root only", hint="choose one from 1024 on"
-        ) from error
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise UnavailableError(
-                f"cannot listen on {address}: {error.strerror}", code="bad-address"
-            ) from error
-        raise _port_taken(address, port) from error
-
-
-def _port_taken(address: str, port: int | None) -> UnavailableError:
-    return UnavailableError(
-        f"port {port} of {address} is taken",
-        code="port-taken",
-        hint="choose another port, or leave it out for any free one",
-    )
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
 def _serve(program: str, request: ExportRequest) -> Endpoint:
     backend: dict[str, str] = {}
     if isinstance(request.source, Qcow2Source):
@@ -190,7 +145,7 @@ def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
     tries = _PORT_TRIES if request.port is None else 1
     while True:
         tries -= 1
-        port = request.port or _bind(request.address, 0)
+        port = request.port or loopback.bind(request.address, 0)
         try:
             record = _start(program, request, port)
         except UnavailableError as error:
@@ -198,16 +153,6 @@ def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
                 continue  # somebody was faster between our look and the server's bind
             raise
         return {**record, "address": request.address, "port": str(port)}
-
-
-def _bind(address: str, port: int) -> int:
-    """The port that a server would get: 0 asks for any free one. Nothing stays bound."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nbdkit does
-        probe.bind((address, port))
-        got: int = probe.getsockname()[1]
-        return got
 
 
 def _start(program: str, request: ExportRequest, port: int | None) -> dict[str, str]:
@@ -287,7 +232,7 @@ def _explain(request: ExportRequest) -> OffloadError:
         if line.startswith("offload-error "):
             return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
     if _TAKEN_SIGN in words:
-        return _port_taken(request.address, request.port)
+        return loopback.port_taken(request.address, request.port)
     if "nbdkit-python-plugin.so" in words and isinstance(request.source, BackupSource):
         return UnavailableError(
             "nbdkit has no Python plugin here",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offload import compose
 from offload.errors import NotFoundError
-from offload.model import BackupSource, Source, TimeMark
+from offload.model import Source, TimeMark
 from offload.origin import Origin, OriginKind
 from offload.services.context import Context
 
@@ -78,23 +78,17 @@ def of_backup(ctx: Context, origin: Origin) -> list[Point]:
 
     Raises NotFoundError (`unknown-backup`, `unknown-volume`, `unknown-store`).
     """
+    from offload.services import stores  # the engine with it: `views` does without
+
     wanted = volumes(ctx, origin)
     known = ctx.catalog.backup(origin.id)
-    store = ctx.instance.config.store(known.store)
     return [
         Point(
             origin=f"{OriginKind.BACKUP}:{known.id}/{image.volume}",
             group=known.group,
             volume=image.volume,
             id=known.id,
-            source=BackupSource(
-                store_url=str(store.path),
-                backup=known.id,
-                volume=image.volume,
-                size_bytes=image.size_bytes,
-                sector_size=image.sector_size,
-                cache_dir=ctx.instance.cache_dir,
-            ),
+            source=stores.backup_source(ctx, known, image),
         )
         for image in known.images
         if image.volume in wanted
