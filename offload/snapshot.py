@@ -36,6 +36,7 @@ class Plan:
     refs: tuple[dict[str, str], ...]
     instant_alone: Instant  # ONE if the provider makes one instant of all of them by itself
     estimate_s: float
+    notes: tuple[str, ...] = ()  # what the TimeMark's report must say of these snapshots
 
 
 class SnapshotProvider(Protocol):

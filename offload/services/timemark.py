@@ -125,6 +125,7 @@ class _Director:
         with ExitStack() as stack:
             held = [_Held(q) for q in self._quiescers(stack)]
             plans = self._plans(providers)
+            self.warnings += [note for _, plan in plans for note in plan.notes]
             self._refuse_early(plans, held, states)
             with self.ctx.journal.operation("timemark", self.name) as op:
                 self._announce(op, plans, held)

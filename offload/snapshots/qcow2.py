@@ -97,6 +97,11 @@ class Qcow2Provider:
                 _LIVE_S if ref["kind"] == "fleece" else _rest_s(_allocated(volume.path))
                 for volume, ref in zip(volumes, refs, strict=True)
             ),
+            notes=tuple(
+                f"the snapshot of {volume.name} is served by its running QEMU and ends with it"
+                for volume, ref in zip(volumes, refs, strict=True)
+                if ref["kind"] == "fleece"
+            ),
         )
 
     def _ref(self, timemark: str, volume: Volume) -> Ref:

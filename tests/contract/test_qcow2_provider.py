@@ -35,3 +35,9 @@ class TestQcow2AtRest(SnapshotProviderContract):
         command = f"write -q -s {self._raw} {offset} {len(data)}"
         file = f"driver=qcow2,file.driver=file,file.filename={str(volume.path).replace(',', ',,')}"
         run.run(["qemu-io", "--image-opts", "-c", command, file])
+
+    @pytest.mark.slow  # four programs for each of the 255
+    def test_snapshots_255_of_one_volume_all_stay_readable(
+        self, provider: SnapshotProvider, volumes: tuple[Volume, ...]
+    ) -> None:
+        super().test_snapshots_255_of_one_volume_all_stay_readable(provider, volumes)

@@ -92,6 +92,8 @@ def test_live_writes_after_the_timemark_do_not_show(lab: Lab) -> None:
     before = lab.state()
     plan, (db, web) = lab.take("t1")
     assert plan.instant_alone is Instant.ONE
+    assert all("ends with it" in note for note in plan.notes)
+    assert len(plan.notes) == 2
     assert isinstance(lab.provider.source(db), NbdSource)
     lab.qemu.write(0, MIB, MIB, 9)
     lab.qemu.write(1, 8 * MIB, MIB, 9)
