@@ -257,7 +257,11 @@ def load_config(path: Path) -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(path, error), code="config-invalid") from error
+        raise ConfigError(
+            _explain(path, error),
+            code="config-invalid",
+            hint="all keys and values, explained: offload --config NEWFILE init",
+        ) from error
     _check_mode(path, config)
     return config
 
@@ -267,7 +271,7 @@ def _explain(path: Path, error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if part not in ("local", "qmp"))
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'")
+            lines.append(f"unknown key '{key}'" + _suggest(str(item["loc"][-1])))
         else:
             message = item["msg"].removeprefix("Value error, ")
             shown = "" if item["type"] == "missing" or not key else f" (found {item['input']!r})"
@@ -275,6 +279,16 @@ def _explain(path: Path, error: ValidationError) -> str:
                 shown = ""
             lines.append(f"{key}: {message}{shown}" if key else message)
     return f"{path}: " + "; ".join(lines)
+
+
+def _suggest(key: str) -> str:
+    import difflib
+
+    models = (Config, VolumeConfig, GroupConfig, LocalQuiesce, QmpQuiesce, StoreConfig, KeepConfig,
+              PoolConfig)  # fmt: skip
+    known = {name for model in models for name in model.model_fields}
+    near = difflib.get_close_matches(key, known, n=1)
+    return f", did you mean '{near[0]}'?" if near else ""
 
 
 def _check_mode(path: Path, config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
+from errno import ENOTDIR
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def write(path: Path, text: str, *, force: bool) -> Path | None:
     ConfigError (`config-unwritable`).
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         aside = _move_aside(path) if force else None
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w", encoding="utf-8") as out:
@@ -54,6 +55,13 @@ def write(path: Path, text: str, *, force: bool) -> Path | None:
             hint="choose another place: offload --config PATH init",
         ) from error
     return aside
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # not the case of a configuration that exists
+        raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR), str(folder)) from error
 
 
 def _move_aside(path: Path) -> Path | None:
