@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 _UNITS = {
     "": 1, "B": 1,
@@ -21,7 +22,7 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(found.group(2).upper()) if found else None
     if found is None or unit is None:
         raise ValueError(f"'{text}' is no size; write for example 512MiB, 10GiB or 4096")
-    return int(float(found.group(1)) * unit)
+    return int(Decimal(found.group(1)) * unit)  # a float is not exact from 2**53
 
 
 def parse_duration(text: str) -> float:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from offload.errors import IntegrityError, UnavailableError
+from offload.format.delta import SECTOR
 from offload.format.keys import KEY_BYTES, Keys, derive_keys
 from offload.format.sealed import seal, unseal
 from offload.ids import new_id
@@ -46,6 +47,17 @@ class Parameters:
     zstd_level: int
     id_key: bytes
     created_at: datetime
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a geometry that the format cannot express."""
+        if self.chunk_bytes <= 0 or self.chunk_bytes % SECTOR:
+            raise ValueError(f"chunk_bytes {self.chunk_bytes} is no multiple of {SECTOR}")
+        if self.page_entries < 2:
+            raise ValueError(f"page_entries {self.page_entries} is less than 2")
+        if self.pack_bytes <= 0:
+            raise ValueError(f"pack_bytes {self.pack_bytes} is not positive")
+        if len(self.id_key) != KEY_BYTES:
+            raise ValueError(f"id_key has {len(self.id_key)} bytes, not {KEY_BYTES}")
 
     def keys(self) -> Keys:
         """The keys derived from the id key."""
@@ -107,7 +119,12 @@ def decode_parameters(raw: bytes, where: str) -> Parameters:
             code="store-newer",
             hint="use a newer offload",
         )
-    return _from_value(value)
+    try:
+        return _from_value(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{where}/{STORE_OBJECT} describes no store that can be: {error}", code="bad-store"
+        ) from error
 
 
 def _from_value(value: dict[str, Any]) -> Parameters:

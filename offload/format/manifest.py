@@ -80,14 +80,22 @@ def decode_manifest(name: str, raw: bytes, keys: Keys, store: str) -> Manifest:
         )
     try:
         backup = _backup(value, store)
+        rest = (value["group_config"], value["timemark"], value["previous"], value["software"])
     except (KeyError, ValueError, TypeError) as error:
         raise IntegrityError(f"{name} lacks {error}", code="bad-manifest") from error
+    if name.rpartition("/")[2] != backup.id:
+        raise IntegrityError(
+            f"{name} is the manifest of backup {backup.id}: it was copied or renamed",
+            code="bad-manifest",
+            hint="remove it, or give it its own name again",
+        )
+    group_config, timemark, previous, software = rest
     return Manifest(
         backup=backup,
-        group_config=value["group_config"],
-        timemark=value["timemark"],
-        previous=value["previous"],
-        software=value["software"],
+        group_config=group_config,
+        timemark=timemark,
+        previous=previous,
+        software=software,
     )
 
 
