@@ -105,7 +105,7 @@ def test_open_after_a_migration_that_failed_starts_afresh(
     opened.close()
 
 
-def test_wheel_holds_the_migrations(tmp_path: Path) -> None:
+def test_wheel_holds_what_is_read_at_run_time(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     code = (
         "import os; from hatchling.builders.wheel import WheelBuilder\n"
@@ -115,4 +115,5 @@ def test_wheel_holds_the_migrations(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "offload/catalog/migrations/env.py" in names
+    assert "offload/cli/offload.toml.example" in names
     assert "offload/catalog/migrations/versions/v0001_catalog.py" in names
