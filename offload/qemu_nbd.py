@@ -18,7 +18,11 @@ from offload import procs, run
 from offload.errors import BusyError, NotFoundError, OffloadError, UnavailableError
 from offload.model import Qcow2Source
 
-_GREETING = b"NBDMAGIC"  # NBD protocol, first bytes of every server
+_GREETING = b"NBDMAGIC"  # NBD protocol: first bytes of every server, then IHAVEOPT and 16 flags
+_GREETING_BYTES = 18
+# NBD protocol: client flags (fixed newstyle), then NBD_OPT_ABORT without data; a probe that just
+# hangs up would leave a complaint in the server's log
+_GOODBYE = b"\0\0\0\1IHAVEOPT\0\0\0\2\0\0\0\0"
 _LOCK_SIGN = "Failed to get"  # … "write" lock, shared "write" lock: QEMU block/file-posix.c
 _SNAPSHOT_SIGN = "Failed to load snapshot"
 
@@ -105,7 +109,9 @@ def greets(socket_path: Path, timeout_s: float = 1.0) -> bool:
         probe.settimeout(timeout_s)
         try:
             probe.connect(str(socket_path))
-            return probe.recv(len(_GREETING), sockets.MSG_WAITALL) == _GREETING
+            greeting = probe.recv(_GREETING_BYTES, sockets.MSG_WAITALL)
+            probe.sendall(_GOODBYE)
+            return greeting.startswith(_GREETING)
         except OSError:
             return False
 

@@ -2,6 +2,9 @@
 
 What a snapshot then shows is what a power cut would leave (QEMU drains and flushes its disks when
 it stops), so the consistency is `crash`; but all disks of the VM show one instant.
+
+A VM that is shut down has no writers to hold: where nobody listens on the socket, and no QEMU has
+the volumes open, before the snapshot and after it, they count as held.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from offload import image_lock
 from offload.config import QmpQuiesce
+from offload.errors import BusyError
 from offload.instance import Instance
 from offload.model import Consistency
-from offload.qmp import Qmp
+from offload.qmp import Qmp, QmpGoneError
 from offload.quiescers.holder import Holder, Targets, describe, undo_hold
 
 if TYPE_CHECKING:  # a thaw never loads the catalog
@@ -27,15 +32,40 @@ class QmpQuiescer:
 
     def __init__(self, entry: QmpQuiesce, volumes: tuple[str, ...], instance: Instance) -> None:
         self._socket = entry.socket
+        self._instance = instance
         self.name = f"qmp:{entry.socket}"
         self.volumes = entry.volumes or volumes
         self._holder = Holder(instance, Targets(qmp=(entry.socket,)))
+        self._shut_down = False
         self._notes: list[str] = []
 
     def check(self) -> None:
-        """Whether a QEMU answers. Raises UnavailableError (`qmp-gone`, `qmp-timeout`)."""
-        with Qmp(self._socket) as qmp:
-            qmp.execute("query-status")
+        """Whether a QEMU answers, or is shut down. Raises BusyError (`volume-in-use`: no QEMU
+        answers, yet one has a volume open), UnavailableError (`qmp-timeout`, `lock-unknown`)."""
+        self._shut_down = not self._listens()
+        if self._shut_down:
+            volume = self._open_volume()
+            if volume is not None:
+                raise BusyError(
+                    f"no QEMU listens on {self._socket}, but one has volume {volume} open",
+                    code="volume-in-use",
+                    hint="correct socket in the group's quiesce entry",
+                )
+
+    def _listens(self) -> bool:
+        try:
+            with Qmp(self._socket) as qmp:
+                qmp.execute("query-status")
+        except QmpGoneError:
+            return False
+        return True
+
+    def _open_volume(self) -> str | None:
+        """A volume that some QEMU may write to now."""
+        for name in self.volumes:
+            if image_lock.open_for_writing(self._instance.config.volume(name).path):
+                return name
+        return None
 
     def undos(self) -> list[tuple[str, dict[str, str]]]:
         """`thaw-qmp`: `cont`, where our `stop` is still in force."""
@@ -43,19 +73,33 @@ class QmpQuiescer:
 
     def arm(self, deadline_s: float) -> None:
         """Start the guardian."""
-        self._holder.arm(deadline_s)
+        if not self._shut_down:
+            self._holder.arm(deadline_s)
 
     def freeze(self) -> Consistency:
-        """Stop the CPUs. Raises UnavailableError (`freeze-failed`)."""
-        self._holder.freeze()
-        self._notes.append(describe(self._holder.frozen_ms))
+        """Stop the CPUs. Raises UnavailableError (`freeze-failed`), BusyError (`volume-in-use`:
+        a VM that was shut down was started just now)."""
+        if self._shut_down:
+            if self._listens() or self._open_volume() is not None:
+                raise BusyError(
+                    f"the VM of {self._socket} was started just now", code="volume-in-use"
+                )
+            self._notes.append("the VM is shut down")
+        else:
+            self._holder.freeze()
+            self._notes.append(describe(self._holder.frozen_ms))
         return Consistency.CRASH
 
     def still_frozen(self) -> bool:
-        """Whether the CPUs stand, and no disk was written to since they stopped."""
-        held = self._holder.still_frozen()
+        """Whether the CPUs stand, and no disk was written to since they stopped; or whether the VM
+        is still shut down."""
+        if self._shut_down:
+            held = not self._listens() and self._open_volume() is None
+            why = "the VM was started"
+        else:
+            held, why = self._holder.still_frozen(), self._holder.broken
         if not held:
-            self._notes.append(f"not held all the time: {self._holder.broken}")
+            self._notes.append(f"not held all the time: {why}")
         return held
 
     def thaw(self) -> None:

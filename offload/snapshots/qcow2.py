@@ -21,6 +21,7 @@ from typing import Any
 
 from offload import run
 from offload.errors import (
+    BusyError,
     NotFoundError,
     OffloadError,
     PolicyError,
@@ -209,7 +210,11 @@ class Qcow2Provider:
         socket = Path(ref["qmp"]) if "qmp" in ref else None
         if socket is not None and qcow2_live.delete_internal(socket, path, name):
             return
-        qcow2_rest.delete(path, name)
+        try:
+            qcow2_rest.delete(path, name)
+        except BusyError:
+            if name in _snapshot_names(path):
+                raise
 
     def exists(self, ref: Ref) -> bool:
         """Whether it can be read now: a fleece of a QEMU that has ended is gone."""

@@ -241,11 +241,26 @@ def test_live_image_without_qmp_socket_is_in_use(lab: Lab) -> None:
     for attempt in (
         lambda: lab.provider.inspect(volume),
         lambda: lab.provider.snapshot(plan),
-        lambda: lab.provider.delete(dict(plan.refs[0])),
     ):
         with pytest.raises(BusyError) as caught:
             attempt()
         assert caught.value.code == "volume-in-use"
+
+
+def test_live_internal_snapshot_that_was_never_made_is_deleted_though_the_image_is_in_use(
+    folder: Path,
+) -> None:
+    path = folder / "d.qcow2"
+    run.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(SIZE)])
+    volume = Volume(name="d", provider="qcow2", path=path)
+    provider = Qcow2Provider("ilive")
+    made, never = provider.plan("t1", [volume]), provider.plan("t2", [volume])
+    provider.snapshot(made)
+    with running_qemu(folder / "qmp", [path]):
+        provider.delete(dict(never.refs[0]))
+        with pytest.raises(BusyError):
+            provider.delete(dict(made.refs[0]))
+    provider.delete(dict(made.refs[0]))
 
 
 def test_live_nbd_server_of_somebody_else_is_refused_and_left_alone(lab: Lab) -> None:

@@ -15,12 +15,13 @@ from typing import cast
 
 import pytest
 
-from offload import run
+from offload import image_lock, run
 from offload.catalog.store import Catalog
 from offload.config import Config, QmpQuiesce
-from offload.errors import UnavailableError
+from offload.errors import BusyError, UnavailableError
+from offload.images.qcow2 import Qcow2Image
 from offload.instance import Instance
-from offload.model import Consistency, Volume
+from offload.model import Consistency, Qcow2Source, Volume
 from offload.qmp import Qmp, QmpBusyError
 from offload.quiescers.qmp import QmpQuiescer, undo_thaw
 from offload.snapshots.qcow2 import Qcow2Provider
@@ -47,7 +48,15 @@ def qemu(folder: Path) -> Iterator[RunningQemu]:
 
 def instance_of(folder: Path) -> Instance:
     return Instance(
-        config=Config(state_dir=folder),
+        config=Config.model_validate(
+            {
+                "state_dir": folder,
+                "volumes": {
+                    name: {"provider": "qcow2", "path": folder / "disk.qcow2"}
+                    for name in ("db", "web")
+                },
+            }
+        ),
         config_path=None,
         state_dir=folder,
         runtime_dir=folder,
@@ -203,11 +212,49 @@ def test_qmp_fleece_is_taken_over_the_same_socket_while_the_cpus_stand(
     provider.delete(dict(plan.refs[0]))
 
 
-def test_qmp_check_without_a_qemu_says_so(folder: Path) -> None:
-    entry = QmpQuiesce(kind="qmp", socket=folder / "none")
-    with pytest.raises(UnavailableError) as caught:
+@pytest.fixture
+def shut_down(folder: Path) -> QmpQuiescer:
+    run.run(["qemu-img", "create", "-q", "-f", "qcow2", str(folder / "disk.qcow2"), "16M"])
+    entry = QmpQuiesce(kind="qmp", socket=folder / "qmp")
+    return QmpQuiescer(entry, ("db",), instance_of(folder))
+
+
+def test_qmp_machine_that_is_shut_down_counts_as_held(shut_down: QmpQuiescer) -> None:
+    shut_down.check()
+    shut_down.arm(10)
+    assert shut_down.freeze() is Consistency.CRASH
+    assert shut_down.still_frozen()
+    shut_down.thaw()
+    shut_down.close()
+    assert "shut down" in shut_down.output
+
+
+def test_qmp_machine_started_meanwhile_was_not_held(shut_down: QmpQuiescer, folder: Path) -> None:
+    shut_down.check()
+    shut_down.arm(10)
+    shut_down.freeze()
+    with running_qemu(folder / "qmp", [folder / "disk.qcow2"]):
+        assert not shut_down.still_frozen()
+        with pytest.raises(BusyError):
+            shut_down.freeze()
+    assert "was started" in shut_down.output
+
+
+def test_qmp_wrong_socket_of_a_running_machine_is_refused(qemu: RunningQemu, folder: Path) -> None:
+    entry = QmpQuiesce(kind="qmp", socket=folder / "typing-error")
+    with pytest.raises(BusyError) as caught:
         QmpQuiescer(entry, ("db",), instance_of(folder)).check()
-    assert caught.value.code == "qmp-gone"
+    assert caught.value.code == "volume-in-use"
+
+
+def test_image_lock_of_a_reader_is_not_for_writing(folder: Path) -> None:
+    disk = folder / "disk.qcow2"
+    run.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "16M"])
+    image = Qcow2Image(Qcow2Source(path=disk, size_bytes=16 << 20))
+    assert not image_lock.open_for_writing(disk)
+    image.close()
+    with pytest.raises(UnavailableError):
+        image_lock.open_for_writing(folder / "none")
 
 
 def test_qmp_client_second_at_once_is_told_that_it_waits(qemu: RunningQemu) -> None:
