@@ -44,18 +44,33 @@ def _folder(instance: Instance) -> Path:
     return instance.state_dir / "holds"
 
 
+def _lock_file(path: Path, how: int) -> int | None:
+    """A locked descriptor of the file that has this name now, or None while others hold it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # a claim removed it between open and lock: nobody else would see this lock
+
+
 @contextmanager
 def _locked(instance: Instance, timemark: str, how: int) -> Iterator[bool]:
     folder = _folder(instance)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / timemark
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _lock_file(path, how)
+    if fd is None:
+        yield False
+        return
     try:
-        try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
         yield True
         if how == fcntl.LOCK_EX:
             with contextlib.suppress(FileNotFoundError):

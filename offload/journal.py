@@ -23,6 +23,7 @@ Steps have names (`mount.server.intended`, `mount.server.done` …): tests kill 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -34,9 +35,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from offload import procs
-from offload.errors import CleanupError, OffloadError
+from offload.errors import CleanupError, IntegrityError, OffloadError, UnavailableError
 from offload.ids import new_id
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,10 @@ class Operation:
     def intend(self, step_name: str, undo: str, args: Args) -> None:
         """Make it durable that `step_name` is about to happen and how it is taken back."""
         intent = Intent(step=step_name, undo=undo, args=dict(args))
-        _append(self._fd, {"step": step_name, "undo": undo, "args": dict(args)})
+        try:
+            _append(self._fd, {"step": step_name, "undo": undo, "args": dict(args)})
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         self._intents.append(intent)
         step(f"{self.kind}.{step_name}.intended")
 
@@ -151,8 +156,17 @@ class Journal:
             op.close()
 
     def _begin(self, kind: str, subject: str) -> Operation:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / f"{new_id()}.jsonl"
+        try:
+            fd = self._create(path, kind, subject)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        step(f"{kind}.begin")
+        return Operation(path, fd, kind, subject)
+
+    def _create(self, path: Path, kind: str, subject: str) -> int:
+        """A locked, durable file with its header."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         fresh = path.with_suffix(".new")  # no recovery may see the file before it is locked
         fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
@@ -169,21 +183,31 @@ class Journal:
             fresh.rename(path)
             _fsync_folder(self.folder)
         except BaseException:
+            fresh.unlink(missing_ok=True)
             os.close(fd)
             raise
-        step(f"{kind}.begin")
-        return Operation(path, fd, kind, subject)
+        return fd
 
     def leftovers(self) -> list[Leftover]:
         """Operations of dead processes of this host, oldest first. Changes nothing."""
-        found = []
+        found, damaged = self._survey()
+        for message in damaged:
+            log.warning("%s", message)
+        return found
+
+    def _survey(self) -> tuple[list[Leftover], list[str]]:
+        """Leftovers, oldest first, and what is wrong with files that cannot be read."""
+        found: list[Leftover] = []
+        damaged: list[str] = []
         for path in self._files():
             with _try_lock(path) as fd:
-                if fd is not None:
-                    entry = _read(path)
-                    if entry is not None:
-                        found.append(entry)
-        return sorted(found, key=lambda entry: entry.began_at)
+                try:
+                    entry = _read(path) if fd is not None else None
+                except IntegrityError as error:
+                    damaged.append(error.message)
+                else:
+                    found += [entry] if entry else []
+        return sorted(found, key=lambda entry: entry.began_at), damaged
 
     def running(self) -> int:
         """How many operations live processes hold."""
@@ -200,8 +224,8 @@ class Journal:
         """
         self._sweep_unborn()
         done: list[Leftover] = []
-        failed: list[str] = []
-        for known in reversed(self.leftovers()):
+        found, failed = self._survey()
+        for known in reversed(found):
             with _try_lock(known.path) as fd:
                 if fd is None:
                     continue  # another recovery was faster
@@ -236,8 +260,8 @@ def _undo_all(intents: list[Intent], undo: Undo, path: Path) -> None:
             undo(intent.undo, intent.args)
         except OffloadError as error:
             failed.append(f"{intent.undo}: {error.message}")
-        except OSError as error:
-            failed.append(f"{intent.undo}: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others must be tried
+            failed.append(f"{intent.undo}: {type(error).__name__}: {error}")
     if failed:
         raise CleanupError(f"could not take back {path.stem}: " + "; ".join(failed))
     _remove(path)
@@ -245,8 +269,17 @@ def _undo_all(intents: list[Intent], undo: Undo, path: Path) -> None:
 
 def _append(fd: int, record: Mapping[str, object]) -> None:
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-    os.write(fd, line)
+    if os.write(fd, line) != len(line):  # a next line would be glued to the torn one
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.fsync(fd)
+
+
+def _unwritable(path: Path, error: OSError) -> UnavailableError:
+    return UnavailableError(
+        f"cannot write the journal {path}: {error.strerror}",
+        code="journal-unwritable",
+        hint="make room in state_dir; nothing was changed without a note of it",
+    )
 
 
 def _remove(path: Path) -> None:
@@ -287,7 +320,17 @@ def _read(path: Path) -> Leftover | None:
     """Parse one file; a torn last line is ignored, another host's file is not ours."""
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
-    lines = [json.loads(line) for line in whole.splitlines()]
+    try:
+        return _parse(path, [json.loads(line) for line in whole.splitlines()])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"the journal file {path} is damaged: {error}",
+            code="journal-damaged",
+            hint="see what it names, take that back by hand, and remove the file",
+        ) from error
+
+
+def _parse(path: Path, lines: list[dict[str, Any]]) -> Leftover | None:
     if not lines:
         return Leftover(path=path, id=path.stem, kind="?", subject="", began_at="", intents=())
     head = lines[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from offload.model import Backup
 
@@ -85,7 +85,7 @@ def _judge_group(
         for backup in newest_first:
             if len(seen) == getattr(rules, name):
                 break
-            key = period(backup.created_at)
+            key = period(backup.created_at.astimezone(UTC))
             if key not in seen:
                 seen.add(key)
                 reasons[backup.id].append(f"{name} {len(seen)}")
