@@ -7,24 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from offload import compose
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("offload", "targets", "nbd_plugins")
 
-# Families of drivers: a driver imports neither another family nor a sibling, but for the modules
-# that its family shares.
-FAMILIES: dict[str, set[str]] = {
-    "offload.snapshots": {"naming", "qcow2_live", "qcow2_rest", "volume_file"},
-    "offload.quiescers": {"coverage", "guardian", "holder"},
-    "offload.stores": set(),
-    "offload.images": set(),
-    "targets": {"command", "handshake", "processes"},
-}
-# A driver of one family that is built on another module of it, by design.
-BUILT_ON = {
-    ("offload.images.qcow2", "offload.images.nbd"),  # qemu-nbd serves it
-    # a part of the reflink driver: one subvolume snapshot for a whole group
-    ("offload.snapshots.reflink", "offload.snapshots.btrfs_subvolume"),
-}
+# Families of drivers. What `compose` picks from is a driver; other modules of a family are its
+# drivers' shared or private parts.
+FAMILIES = ("offload.snapshots", "offload.quiescers", "offload.stores", "offload.images", "targets")
+
+# A driver of one family that is built on another driver of it, by design: qemu-nbd serves a qcow2
+# image over NBD.
+BUILT_ON = {("offload.images.qcow2", "offload.images.nbd")}
 
 # What may run programs itself: the gateway, and nobody else.
 SUBPROCESS = {"offload.run"}
@@ -111,31 +105,37 @@ def test_module_imports_only_downwards(name: str) -> None:
         assert not [found for found in ours if _inside(found, "offload.engine", *FAMILIES)]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+def _drivers() -> set[str]:
+    tables = (compose.PROVIDERS, compose.TARGETS, compose.STORES)
+    named = {place.partition(":")[0] for table in tables for place in table.values()}
+    return named | {found for found in imports_of("offload.compose") if _inside(found, *FAMILIES)}
+
+
+DRIVERS = _drivers()
+
+
+def test_the_table_of_drivers_is_not_empty() -> None:
+    assert {"offload.snapshots.reflink", "offload.images.file", "targets.nbd"} <= DRIVERS
+    assert set(MODULES) >= DRIVERS
+    assert all(any(_inside(driver, family) for driver in DRIVERS) for family in FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_driver_imports_no_other_driver(family: str) -> None:
     for name in _under(family):
         for found in _ours(name):
-            other = next((f for f in FAMILIES if _inside(found, f)), None)
-            if other is None or found == family:
-                continue
-            same = other == family and _driver(name, family) == _driver(found, family)
-            shared = found.removeprefix(f"{family}.") in FAMILIES[family]
-            assert same or shared or (name, found) in BUILT_ON, f"{name} imports {found}"
+            other = next((f for f in FAMILIES if _inside(found, f)), family)
+            assert other == family, f"{name} imports {found} of another family"
+            sibling = found in DRIVERS and (name, found) not in BUILT_ON
+            assert not sibling, f"{name} imports the driver {found}"
 
 
-def _driver(name: str, family: str) -> str:
-    """`qcow2_live` is a part of the driver `qcow2`."""
-    return name.removeprefix(f"{family}.").partition("_")[0]
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_drivers_are_chosen_in_one_place(family: str) -> None:
-    """Only `compose` knows the implementations; tests and a driver's own family aside."""
-    shared = {f"{family}.{name}" for name in FAMILIES[family]}
+def test_drivers_are_chosen_in_one_place() -> None:
+    """Only `compose` knows the implementations, but for tests and a driver's own family."""
     for name in MODULES:
-        if name == "offload.compose" or _inside(name, family, "offload.testing"):
+        if name == "offload.compose" or _inside(name, "offload.testing", *FAMILIES):
             continue
-        found = {f for f in _ours(name) if _inside(f, family) and f != family} - shared
+        found = _ours(name) & DRIVERS
         assert found <= KNOWN_DIRECT.get(name, set()), f"{name} imports {found}"
 
 
