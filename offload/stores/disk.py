@@ -36,25 +36,34 @@ TMP = "tmp"
 _LOCK = "lock"
 
 
+class _Descriptor:
+    """An open file, closed when the last of those who read it has let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
 class DiskStore:
     """Objects as files below one folder. See `offload.store.Store` for the contract."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.root = Path(url)
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._mutex = threading.Lock()
-        self._closed = False
 
     def put(self, name: str, parts: Sequence[Buffer]) -> int:
         """Write under a new name; see the contract."""
         path = self._path(name)
         temp = self.root / TMP / f"{name.replace('/', '_')}.{new_id()}"
         try:
-            temp.parent.mkdir(parents=True, exist_ok=True)
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _fsync_folder(path.parent.parent)
+            _ensure_folder(temp.parent, self.root)
+            _ensure_folder(path.parent, self.root)
             written = self._write(temp, parts)
             _publish(temp, path)
             _fsync_folder(path.parent)
@@ -83,10 +92,10 @@ class DiskStore:
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes; see the contract."""
         try:
-            fd = self._descriptor(name)
-            data = os.pread(fd, length, offset)
+            file = self._descriptor(name)
+            data = os.pread(file.fd, length, offset)
             while len(data) < length:
-                more = os.pread(fd, length - len(data), offset + len(data))
+                more = os.pread(file.fd, length - len(data), offset + len(data))
                 if not more:
                     break
                 data += more
@@ -111,23 +120,34 @@ class DiskStore:
         return self._path(name).is_file()
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Names below a folder, in name order."""
-        base = self.root / prefix
-        if not base.is_dir():
+        """Names below a folder, in name order. A folder that cannot be read is an error: prune
+        would take the objects in it for gone."""
+        if not prefix.endswith("/"):
+            raise ValueError(f"'{prefix}' is no object name with its slash")
+        try:
+            yield from self._walk(self._path(prefix[:-1]), prefix)
+        except OSError as error:
+            raise self._explain(error, prefix) from error
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
+        try:
+            with os.scandir(folder) as found:
+                names = sorted(e.name + ("/" if e.is_dir() else "") for e in found)
+        except FileNotFoundError:
+            if not self.root.is_dir():
+                raise
             return
-        for folder, folders, files in os.walk(base):
-            folders.sort()
-            inside = Path(folder).relative_to(self.root).as_posix()
-            for file in sorted(files):
-                yield f"{inside}/{file}"
+        for name in names:
+            if name.endswith("/"):
+                yield from self._walk(folder / name, prefix + name)
+            else:
+                yield prefix + name
 
     def delete(self, name: str) -> None:
         """Remove an object. Idempotent."""
         path = self._path(name)
         with self._mutex:
-            fd = self._open.pop(name, None)
-        if fd is not None:
-            os.close(fd)
+            self._open.pop(name, None)
         try:
             path.unlink()
             _fsync_folder(path.parent)
@@ -171,30 +191,22 @@ class DiskStore:
     def close(self) -> None:
         """Close the cached descriptors. Idempotent."""
         with self._mutex:
-            self._closed = True
-            fds, self._open = list(self._open.values()), OrderedDict()
-        for fd in fds:
-            os.close(fd)
+            self._open.clear()
 
-    def _descriptor(self, name: str) -> int:
-        """An open descriptor, from a small cache.
-
-        One that falls out of the cache is closed while another thread may still read it only if
-        more threads than `_OPEN_FILES` read at once, which no caller does.
-        """
+    def _descriptor(self, name: str) -> _Descriptor:
+        """An open file, from a small cache."""
         with self._mutex:
-            fd = self._open.get(name)
-            if fd is not None:
+            file = self._open.get(name)
+            if file is not None:
                 self._open.move_to_end(name)
-                return fd
-            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
-            self._open[name] = fd
+                return file
+            file = self._open[name] = _Descriptor(self._path(name))
             if len(self._open) > _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            return fd
+                self._open.popitem(last=False)
+            return file
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or name.partition("/")[0] in (TMP, _LOCK):
             raise ValueError(f"'{name}' is no object name")
         return self.root / name
 
@@ -219,6 +231,15 @@ class DiskStore:
             f"the store {self.url} fails at {name or 'its folder'}: {error.strerror}",
             code="store-unavailable",
         )
+
+
+def _ensure_folder(folder: Path, root: Path) -> None:
+    """Make a folder below the root, and its entry and those of its parents durable."""
+    if folder == root or folder.is_dir():
+        return
+    _ensure_folder(folder.parent, root)
+    folder.mkdir(exist_ok=True)
+    _fsync_folder(folder.parent)
 
 
 def _writev_all(fd: int, parts: list[Buffer]) -> int:
