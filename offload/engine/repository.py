@@ -54,7 +54,7 @@ class Repository:
 
     def refresh(self) -> None:
         """See what other writers have added or pruned since."""
-        self.index.refresh(self.store.list(layout.INDEXES), self._load_index)
+        self.index.refresh(lambda: self.store.list(layout.INDEXES), self._load_index)
 
     def _load_index(self, name: str) -> dict[str, list[Entry]]:
         """One index object; where it is damaged, the footers of all packs instead."""

@@ -82,6 +82,8 @@ class TreeReader:
 
     def data_pages(self) -> Iterator[int]:
         """Numbers of leaf pages that are not all zeros, in order."""
+        if self.shape.levels == 1 and not any(self.leaf_page(0)):
+            return  # a root is a page even where all is zeros
         yield from self._data_pages(self.shape.levels - 1, 0)
 
     def _data_pages(self, level: int, page: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ Work goes in units of one leaf page or a part of it; a page is stored when its l
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ class _ImageWriter:
         """Leaf pages to look at when changes are unknown: all with data, and, over a parent, those
         that had data then."""
         shape = self.job.shape
-        old = set(self.job.parent.data_pages()) if self.job.parent else set()
+        old = deque(self.job.parent.data_pages() if self.job.parent else ())
         with_data = _group_by_page(
             (
                 (e.offset, e.end)
@@ -155,12 +156,12 @@ class _ImageWriter:
             shape,
         )
         for number, ranges in with_data:
-            for gone in sorted(n for n in old if n < number):
-                old.discard(gone)
-                yield gone, []
-            old.discard(number)
+            while old and old[0] < number:
+                yield old.popleft(), []
+            if old and old[0] == number:
+                old.popleft()
             yield number, ranges
-        for gone in sorted(old):
+        for gone in old:
             yield gone, []
 
     def _units_of_page(self, number: int, ranges: Ranges) -> Iterator[_Unit]:
@@ -281,7 +282,8 @@ class _ImageWriter:
             return
         old = unit.page.entries[slot % shape.page_entries]
         whole = old is not None and (
-            total(changed) >= (stop - start) * _DELTA_SHARE or self._chain_full(old, changed, stop)
+            total(changed) >= (stop - start) * _DELTA_SHARE
+            or self._chain_full(old, changed, stop - start)
         )
         chunk = tool.buffer[: stop - start]
         if whole:  # rebase: read all of the chunk that is data now
@@ -295,14 +297,14 @@ class _ImageWriter:
             local = [(a - start, b - start) for a, b in changed]
             self._set(unit.page, slot, self._store_delta(old, local, chunk, tool))
 
-    def _chain_full(self, old: Leaf, changed: Ranges, stop: int) -> bool:
-        """Whether the entry's list of deltas is full, by count or by size."""
+    def _chain_full(self, old: Leaf, changed: Ranges, length: int) -> bool:
+        """Whether the list of deltas over a chunk of `length` bytes is full, by count or size."""
         if not old.deltas:
             return False
         if len(old.deltas) >= MAX_DELTAS:
             return True
         sizes = (self.repository.locate(d).entry.raw_length for d in old.deltas)
-        return sum(sizes) + total(changed) > min(self.job.shape.chunk_bytes, stop)
+        return sum(sizes) + total(changed) > length
 
     def _store_delta(self, old: Leaf, local: Ranges, chunk: memoryview, tool: _Tool) -> Leaf:
         raw = encode_delta(align(local, 512, len(chunk)), chunk)
