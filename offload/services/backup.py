@@ -42,6 +42,7 @@ from offload.progress import NoProgress, Progress
 from offload.quantity import Watermark
 from offload.services import stores, timemark
 from offload.services.context import Context
+from offload.services.undo import dump
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +110,11 @@ def backup(
         repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
         run = _Run(ctx, repository, name, progress or NoProgress())
         mark: TimeMark | None = None
+        # Undone last: once the parent links have moved, those that were parents go.
+        op.intend("parents", "delete-unused", {"ids": dump(run.parent_timemarks())})
         if origin.kind is OriginKind.GROUP:
             fresh = new_id()
-            op.intend("timemark", "delete-fresh", {"id": fresh})
+            op.intend("timemark", "delete-unused", {"ids": dump([fresh])})
             options = timemark.CreateOptions(purpose="backup", id=fresh)
             mark = timemark.create(ctx, origin.id, options, progress)
             op.done("timemark")
@@ -127,10 +130,11 @@ def backup(
         done = run.write(inputs, _description(ctx, origin, mark))
         ctx.catalog.add_backup(done)
         op.done("catalog")
-        old = run.link_parents(inputs, mark)
+        old = run.parent_timemarks()
+        run.link_parents(inputs, mark)
         step("backup.parents.linked")
-    for gone in old:
-        timemark.delete_if_unused(ctx, gone)
+        for gone in old:
+            timemark.delete_if_unused(ctx, gone)
     return run.report(done, time.monotonic() - began, mark is not None)
 
 
@@ -322,7 +326,9 @@ class _Run:
     def _parent(self, entry: _Input) -> _Parent:
         """What to compare with, and what the storage says has changed since."""
         link = self.ctx.catalog.parent(self.store, entry.volume)
-        known = self._last_backup(entry.volume) if link is None else self._backup_of(link.backup)
+        known = (self._backup_of(link.backup) if link else None) or self._last_backup(entry.volume)
+        if link is not None and (known is None or known.id != link.backup):
+            link = None  # its backup has gone: the TimeMark is not what `known` shows
         if known is None:
             return _no_parent("first backup of this volume in this store")
         record = known.image(entry.volume)
@@ -369,17 +375,16 @@ class _Run:
         provider = compose.snapshot_provider(older.provider, self.ctx.instance.id)
         return older if provider.exists(dict(older.ref)) else None
 
-    def link_parents(self, inputs: Sequence[_Input], mark: TimeMark | None) -> list[str]:
-        """Make this the parent of the next incremental; returns the TimeMarks that were it."""
-        old: list[str] = []
+    def parent_timemarks(self) -> list[str]:
+        """TimeMarks that are parents in this store now."""
+        links = self.ctx.catalog.parents()
+        return list(dict.fromkeys(link.timemark for link in links if link.store == self.store))
+
+    def link_parents(self, inputs: Sequence[_Input], mark: TimeMark | None) -> None:
+        """Make this the parent of the next incremental."""
         for entry in inputs:
-            if mark is None or entry.snapshot is None:
-                continue
-            link = self.ctx.catalog.parent(self.store, entry.volume)
-            if link is not None and link.timemark != mark.id:
-                old.append(link.timemark)
-            self.ctx.catalog.set_parent(self.store, entry.volume, mark.id, self.id)
-        return list(dict.fromkeys(old))
+            if mark is not None and entry.snapshot is not None:
+                self.ctx.catalog.set_parent(self.store, entry.volume, mark.id, self.id)
 
     def report(self, done: Backup, seconds: float, has_mark: bool) -> BackupReport:
         """The run's report."""
@@ -442,21 +447,10 @@ def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
                 done = decode_manifest(name, store.get(name), repository.keys, args["store"])
             finally:
                 repository.index.close()
-            _adopt(catalog, done.backup)
+            stores.adopt(catalog, [done.backup])
             return
         store.delete(layout.index_name(ident))
         stores.remove_packs(store, ident)
         stores.sweep_temporary(store, ident)
     finally:
         store.close()
-
-
-def _adopt(catalog: Catalog, done: Backup) -> None:
-    catalog.add_backup(done)
-    try:
-        mark = catalog.timemark(done.timemark)
-    except NotFoundError:
-        return
-    for image in done.images:
-        if mark.snapshot(image.volume) is not None:
-            catalog.set_parent(done.store, image.volume, mark.id, done.id)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 
+from offload import compose
+from offload.catalog.store import Catalog
 from offload.engine.readimage import read_leaf
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader, diff_slots
@@ -15,10 +18,12 @@ from offload.extents import Ranges, normalize, total
 from offload.format import layout
 from offload.format.delta import SECTOR
 from offload.format.tree import Leaf
-from offload.journal import step
+from offload.instance import Instance
+from offload.journal import Operation, step
 from offload.model import Backup, ImageRecord
 from offload.services import stores, timemark
 from offload.services.context import Context
+from offload.services.undo import dump
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +105,40 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
     chosen = [ctx.catalog.backup(_bare(p)) for p in dict.fromkeys(prefixes)]
     for known in chosen:
         refuse_shown(ctx, known.id)
-    for known in chosen:
-        with stores.opened(ctx, known.store, exclusive=False) as repository:
-            repository.store.delete(layout.manifest_name(known.id))
-            step("backup-delete.manifest")
-            ctx.catalog.delete_backup(known.id)
-        timemark.delete_if_unused(ctx, known.timemark)
+    with ExitStack() as stack:
+        op = stack.enter_context(ctx.journal.operation("backup-delete", " ".join(prefixes)))
+        for name in dict.fromkeys(known.store for known in chosen):
+            stack.enter_context(stores.opened(ctx, name, exclusive=False))
+        for number, known in enumerate(chosen, 1):
+            erase(ctx, op, known, number)
     return chosen
+
+
+def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
+    """Delete a backup's manifest, its row, and its TimeMark if that served nothing else.
+
+    The caller holds the store's lock. Recovery finishes what was begun.
+    """
+    args = {
+        "store_url": stores.store_url(ctx, known.store),
+        "backup": known.id,
+        "timemark": known.timemark,
+    }
+    op.intend(f"erase-{number}", "delete-backup", args)
+    undo_delete(ctx.instance, ctx.catalog, args)
+    op.done(f"erase-{number}")
+
+
+def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
+    """Finish the deletion of a backup."""
+    store = compose.open_store(args["store_url"])
+    try:
+        store.delete(layout.manifest_name(args["backup"]))
+    finally:
+        store.close()
+    step("backup-delete.manifest.deleted")
+    catalog.delete_backup(args["backup"])
+    timemark.undo_unused(instance, catalog, {"ids": dump([args["timemark"]])})
 
 
 def refuse_shown(ctx: Context, backup: str) -> None:

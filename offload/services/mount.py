@@ -135,7 +135,7 @@ def unmount(
     fresh = _fresh_timemarks(ctx, chosen)
     with ctx.journal.operation("unmount", ", ".join(view.name for view in chosen)) as op:
         for number, made in enumerate(fresh, 1):  # undone last
-            op.intend(f"timemark-{number}", "delete-fresh", {"id": made})
+            op.intend(f"timemark-{number}", "delete-unused", {"ids": dump([made])})
         for number, view in enumerate(chosen, 1):
             op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
         for number, view in enumerate(chosen, 1):
@@ -243,7 +243,7 @@ def _check_idle(ctx: Context, view: View) -> None:
 def _fresh(ctx: Context, op: Operation, group: str, progress: Progress | None) -> Origin:
     """A TimeMark made for this mount; its id is journalled before it exists."""
     chosen = new_id()
-    op.intend("timemark", "delete-fresh", {"id": chosen})
+    op.intend("timemark", "delete-unused", {"ids": dump([chosen])})
     options = timemark.CreateOptions(purpose="mount", id=chosen)
     made = timemark.create(ctx, group, options, progress)
     op.done("timemark")

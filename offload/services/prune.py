@@ -41,7 +41,7 @@ from offload.model import Backup
 from offload.progress import NoProgress, Progress
 from offload.retention import KeepRules, Verdict, judge
 from offload.services import backups as finished
-from offload.services import stores, timemark
+from offload.services import stores
 from offload.services.context import Context
 
 _REPACK_BELOW = 0.7  # a pack with less than this share of live bytes is copied
@@ -113,9 +113,6 @@ def prune(
             plan = _plan(repository, live)
             if not dry_run:
                 _apply(ctx, repository, gone, plan, live)
-    if not dry_run:
-        for backup in gone:
-            timemark.delete_if_unused(ctx, backup.timemark)
     return PruneReport(
         store=store,
         verdicts=tuple(verdicts),
@@ -239,10 +236,8 @@ def _apply(
     args = {"store_url": repository.store.url, "backup": writer_id}
     with ctx.journal.operation("prune", repository.store.url) as op:
         op.intend("packs", "abort-prune", args)
-        for backup in gone:
-            repository.store.delete(layout.manifest_name(backup.id))
-            ctx.catalog.delete_backup(backup.id)
-            step("prune.manifest.deleted")
+        for number, backup in enumerate(gone, 1):
+            finished.erase(ctx, op, backup, number)
         if plan.drop or plan.rewrite:
             _free(repository, writer_id, plan, live)
         stores.sweep_temporary(repository.store, "")

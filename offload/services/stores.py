@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from offload import compose
+from offload.catalog.store import Catalog
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.errors import BusyError, IntegrityError, NotFoundError, OffloadError, UnavailableError
@@ -173,6 +174,19 @@ def show(ctx: Context, name: str) -> StoreSummary:
         )
 
 
+def adopt(catalog: Catalog, backups: Sequence[Backup]) -> None:
+    """Enter finished backups, and make those whose TimeMark still stands parents again."""
+    for done in sorted(backups, key=lambda b: (b.created_at, b.finished_at)):
+        catalog.add_backup(done)
+        try:
+            mark = catalog.timemark(done.timemark)
+        except NotFoundError:
+            continue
+        for image in done.images:
+            if mark.snapshot(image.volume) is not None:
+                catalog.set_parent(done.store, image.volume, mark.id, done.id)
+
+
 def manifests(repository: Repository, store: str) -> Iterator[tuple[str, Manifest | OffloadError]]:
     """Every manifest of a store by object name, decoded, or what is wrong with it."""
     for name in repository.store.list(layout.MANIFESTS):
@@ -195,6 +209,7 @@ def check(ctx: Context, name: str, *, rebuild_catalog: bool = False) -> CheckRep
         rebuilt = None
         if rebuild_catalog:
             ctx.catalog.replace_backups(name, backups)
+            adopt(ctx.catalog, backups)
             rebuilt = len(backups)
         return CheckReport(
             name=name,

@@ -411,17 +411,25 @@ def delete_if_unused(ctx: Context, timemark: str) -> bool:
 
     Needed by: a view, a running reader, being the parent of the next incremental.
     """
-    try:
-        known = ctx.catalog.timemark(timemark)
-    except NotFoundError:
-        return False
-    if known.purpose == "user" or known.keep or _is_parent(ctx.catalog, known.id):
+    if _unneeded(ctx.catalog, timemark) is None:
         return False
     try:
-        delete(ctx, known.id)
+        delete(ctx, timemark)
     except BusyError:
         return False
     return True
+
+
+def _unneeded(catalog: Catalog, timemark: str) -> TimeMark | None:
+    """The TimeMark, if offload made it for itself and neither a view nor a parent link needs it."""
+    try:
+        known = catalog.timemark(timemark)
+    except NotFoundError:
+        return None
+    if known.purpose == "user" or known.keep or _is_parent(catalog, known.id):
+        return None
+    start = f"timemark:{known.id}/"
+    return None if any(v.origin.startswith(start) for v in catalog.views()) else known
 
 
 def _is_parent(catalog: Catalog, timemark: str) -> bool:
@@ -454,13 +462,13 @@ def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
     _forget(catalog, known.id)
 
 
-def undo_fresh(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    """Delete a TimeMark made for a mount or a backup that did not come about."""
-    try:
-        known = catalog.timemark(args["id"])
-    except NotFoundError:
-        return
-    start = f"timemark:{known.id}/"
-    if _is_parent(catalog, known.id) or any(v.origin.startswith(start) for v in catalog.views()):
-        return
-    undo_delete(instance, catalog, args)
+def undo_unused(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
+    """Delete TimeMarks (`ids`, JSON) that offload made for itself, where nothing needs them."""
+    for timemark in loads(args["ids"]):
+        if _unneeded(catalog, timemark) is None:
+            continue
+        try:
+            with claim_timemark(instance, timemark):
+                undo_delete(instance, catalog, {"id": timemark})
+        except BusyError:
+            continue  # somebody reads it; it stays, and goes with the next backup or prune

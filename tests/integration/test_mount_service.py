@@ -482,7 +482,7 @@ def test_recovery_killed_at_each_step_is_finished_by_the_next(
     crash = {CRASH_ENV: "mount.commit.before"}
     assert _run(config, "mount", "shop", **crash) == -signal.SIGKILL
     steps = _steps(config, folder, "recover")
-    assert {"undo.withdraw-view", "undo.delete-fresh"} <= set(steps)
+    assert {"undo.withdraw-view", "undo.delete-unused"} <= set(steps)
     for name in steps:
         assert _run(config, "mount", "shop", **crash) == -signal.SIGKILL
         assert _run(config, "recover", **{CRASH_ENV: name}) == -signal.SIGKILL
