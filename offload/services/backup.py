@@ -6,8 +6,12 @@ The commit point is the manifest. What a crash leaves at each step:
 | --- | --- | --- |
 | while packs are written | packs and temporary files that bear the backup's id | removed |
 | after packs, before the index object | the same | removed |
-| after the index object | the same, and the index object | index object first, then packs |
+| after the index object | the same, and the index object | stay: see below |
 | after the manifest | a finished backup | kept, and entered in the catalog |
+
+Once the index object is out, other writers find the chunks it names and build on them, so that
+their finished backups may need packs of one that never finished. Only prune, which has the store
+for itself and marks what is in use, may tell; until then they cost space and nothing else.
 """
 
 from __future__ import annotations
@@ -449,8 +453,8 @@ def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
                 repository.index.close()
             stores.adopt(catalog, [done.backup])
             return
-        store.delete(layout.index_name(ident))
-        stores.remove_packs(store, ident)
+        if not store.exists(layout.index_name(ident)):
+            stores.remove_packs(store, ident)
         stores.sweep_temporary(store, ident)
     finally:
         store.close()

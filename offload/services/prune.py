@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +26,6 @@ from datetime import UTC, datetime
 from offload import compose
 from offload.catalog.store import Catalog
 from offload.config import KeepConfig
-from offload.engine.chunkindex import Location
 from offload.engine.packwriter import PackWriter
 from offload.engine.repository import Repository
 from offload.engine.tree import walk_pages
@@ -101,7 +100,7 @@ def prune(
     """
     shown = progress or NoProgress()
     with stores.opened(ctx, store, exclusive=not dry_run) as repository:
-        backups = _all_backups(repository, store)
+        backups = _all_backups(ctx, repository, store)
         chosen = rules or rules_of(ctx.instance.config.store(store).keep)
         verdicts = judge(backups, chosen, datetime.now(UTC))
         kept = [v.backup for v in verdicts if v.kept]
@@ -124,7 +123,7 @@ def prune(
     )
 
 
-def _all_backups(repository: Repository, store: str) -> list[Backup]:
+def _all_backups(ctx: Context, repository: Repository, store: str) -> list[Backup]:
     backups = []
     for name, found in stores.manifests(repository, store):
         if isinstance(found, OffloadError):
@@ -134,6 +133,15 @@ def _all_backups(repository: Repository, store: str) -> list[Backup]:
                 hint="see: offload verify --all",
             )
         backups.append(found.backup)
+    lost = {b.id for b in ctx.catalog.backups(store=store)} - {b.id for b in backups}
+    if lost:
+        raise IntegrityError(
+            f"prune stopped, nothing was deleted: the store {store} lacks the manifests of "
+            f"{', '.join(sorted(lost))}, which the catalog knows",
+            code="prune-unsafe",
+            hint="bring them back; if they were deleted elsewhere: "
+            f"offload store check {store} --rebuild-catalog",
+        )
     return sorted(backups, key=lambda b: (b.created_at, b.id))
 
 
@@ -163,6 +171,7 @@ def _mark(
 ) -> None:
     """Everything reachable from the kept backups, each shared subtree once."""
     seen: dict[tuple[int, int], set[bytes]] = defaultdict(set)
+    present = set(repository.store.list(layout.PACKS))
     progress.start("marking", None)
     for backup in kept:
         for image in backup.images:
@@ -175,14 +184,17 @@ def _mark(
                 for leaf in leaves:
                     if leaf is not None:
                         ids += (leaf.base, *leaf.deltas)
-                _require(repository, ids, backup)
+                _require(repository, ids, backup, present)
                 live.add(ids)
     progress.finish("marking")
 
 
-def _require(repository: Repository, ids: Sequence[bytes], backup: Backup) -> None:
+def _require(
+    repository: Repository, ids: Sequence[bytes], backup: Backup, present: Set[str]
+) -> None:
     wanted = list(dict.fromkeys(ids))
-    missing = len(wanted) - len(repository.index.find_many(wanted))
+    known = repository.index.find_many(wanted).values()
+    missing = len(wanted) - sum(1 for found in known if found.pack in present)
     if missing:
         raise IntegrityError(
             f"prune stopped, nothing was deleted: backup {backup.id} lacks {missing} chunks",
@@ -196,9 +208,7 @@ def _plan(repository: Repository, live: _LiveSet) -> _PackPlan:
     plan = _PackPlan([], [], [], 0, 0)
     for name in repository.store.list(layout.PACKS):
         size = repository.store.size(name)
-        used = sum(
-            found.entry.end - found.entry.offset for found in _live_in(repository, name, live)
-        )
+        used = sum(entry.end - entry.offset for entry in _live_in(repository, name, live))
         plan.live_bytes += used
         if not used:
             plan.drop.append(name)
@@ -211,18 +221,12 @@ def _plan(repository: Repository, live: _LiveSet) -> _PackPlan:
     return plan
 
 
-def _live_in(repository: Repository, pack: str, live: _LiveSet) -> list[Location]:
-    """Chunks of a pack that are in use and that the index reads from this pack."""
-    entries = repository.pack_entries(pack)
-    named = repository.index.find_many([e.id for e in entries])
-    return [
-        found
-        for entry in entries
-        if (found := named.get(entry.id)) is not None
-        and found.pack == pack
-        and found.entry.offset == entry.offset
-        and entry.id in live
-    ]
+def _live_in(repository: Repository, pack: str, live: _LiveSet) -> list[Entry]:
+    """Chunks of a pack that are in use and that the index reads from this pack.
+
+    Never by what the pack says of itself: with a damaged footer that may be too little.
+    """
+    return [entry for entry in repository.index.entries(pack) if entry.id in live]
 
 
 def _apply(
@@ -267,7 +271,7 @@ def _kept_entries(
     """What of the packs that stay is in use: the rest must not be found any more, since a later
     prune may drop it."""
     for pack in keep:
-        yield pack, [found.entry for found in _live_in(repository, pack, live)]
+        yield pack, _live_in(repository, pack, live)
 
 
 def _rewrite(
@@ -276,8 +280,7 @@ def _rewrite(
     """Copy live chunks as they are stored, each checked on the way."""
     with PackWriter(repository, writer_id) as writer:
         for pack in packs:
-            for found in _live_in(repository, pack, live):
-                entry = found.entry
+            for entry in _live_in(repository, pack, live):
                 stored = repository.store.get_range(pack, entry.payload_offset, entry.stored_length)
                 repository.decode(entry, stored, pack)
                 writer.append(entry.id, entry.kind, entry.encoding, entry.raw_length, stored)
