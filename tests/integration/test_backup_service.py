@@ -693,3 +693,92 @@ def test_verify_of_chunks_stored_twice_reports_the_damaged_copy(site: Site) -> N
     problems = verify(site.ctx, all_backups=True).problems
     assert [p.backup for p in problems] == [""]
     assert "another copy" in problems[0].what
+
+
+# -- a reader made from the specification alone --------------------------------------------------
+
+READER = Path(__file__).parents[1] / "independent_reader.py"
+
+
+@pytest.mark.parametrize("options", [[], ["--packs"]])
+def test_independent_reader_restores_every_backup(chain: Site, options: list[str]) -> None:
+    deltas = [
+        e for p in chain.objects("packs") for e in _entries(chain, chain.folder / "store" / p)
+        if e.kind == Kind.DELTA
+    ]  # fmt: skip
+    assert deltas
+    out = chain.folder / "out.raw"
+    for ident, volumes in chain.taken.items():
+        for volume, data in volumes.items():
+            argv = [str(chain.folder / "store"), ident, volume, str(out), *options]
+            done = subprocess.run(
+                [sys.executable, "-I", str(READER), *argv], capture_output=True, text=True,
+                timeout=60, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (0, "")
+            assert out.read_bytes() == data
+
+
+def test_independent_reader_stops_at_damage_and_is_short(chain: Site) -> None:
+    pack = _first_pack(chain)
+    victim = next(e for e in _entries(chain, pack) if e.kind == Kind.DATA)
+    _flip(pack, victim.payload_offset * 8)
+    ident = next(iter(chain.taken))
+    argv = [str(chain.folder / "store"), ident, "db", str(chain.folder / "out.raw")]
+    done = subprocess.run(
+        [sys.executable, "-I", str(READER), *argv], capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "damaged" in done.stderr
+    source = READER.read_text()
+    assert len(source.splitlines()) <= 200
+    assert "import offload" not in source
+    assert "from offload" not in source
+
+
+# -- bounded memory ------------------------------------------------------------------------------
+
+MEMORY = """
+import os, random, resource, sys
+from pathlib import Path
+from offload.engine.packwriter import PackWriter
+from offload.engine.repository import Repository
+from offload.engine.writeimage import Job, write_image
+from offload.format import layout
+from offload.images.file import FileImage
+from offload.model import RawSource
+from offload.stores.disk import DiskStore
+folder = Path(sys.argv[1])
+store = DiskStore(str(folder / "store"))
+store.put(layout.STORE_OBJECT, [layout.encode_parameters(layout.new_parameters())])
+repository = Repository.open(store, folder / "cache")
+size = (folder / "image.raw").stat().st_size
+image = FileImage(RawSource(path=folder / "image.raw", size_bytes=size))
+with PackWriter(repository, "abcdefghjk") as writer:
+    job = Job(image=image, shape=repository.shape(size), parent=None, changed=None,
+              advance=lambda n: None)
+    _, counts = write_image(job, writer)
+    writer.finish()
+print(counts.read_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_backup_of_a_large_image_stays_in_bounded_memory(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    chooser, data = random.Random(1), 0
+    with (tmp_path / "image.raw").open("wb") as out:
+        for at in range(0, 64 << 30, 64 << 27):  # 8 GiB apart: 64 GiB, sparse
+            out.seek(at)
+            for _ in range(8):
+                data += out.write(chooser.randbytes(6 << 20))
+        out.truncate(64 << 30)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=120,
+        check=True,
+    )  # fmt: skip
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "image.raw").unlink()
+    read, peak_kib = map(int, done.stdout.split())
+    assert read >= data
+    assert peak_kib < 300 << 10
