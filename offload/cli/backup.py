@@ -12,6 +12,7 @@ from offload.cli.app import DefaultGroup, settings_of
 from offload.cli.bars import progress
 from offload.cli.output import emit, facts, show_age, show_time, table
 from offload.cli.session import changing_context, confirm, reading_context
+from offload.errors import IntegrityError
 from offload.model import Backup
 from offload.quantity import show_seconds, show_size
 
@@ -68,10 +69,17 @@ def create(ctx: click.Context, what: str, store: str | None) -> None:
     with changing_context(settings) as context, progress(settings) as shown:
         report = service.backup(context, what, store, shown)
     emit(settings, {"id": report.backup.id, **_fields(report)}, lambda: _report(report))
+    if report.alarms:  # the backup is whole, and whoever reads exit codes must know all the same
+        raise IntegrityError(
+            "; ".join(report.alarms),
+            code="change-tracking-wrong",
+            hint="the backup is complete; find out why the storage reports changes wrongly",
+        )
 
 
 def _fields(report: BackupReport) -> dict[str, Any]:
     return {
+        "timemark": report.backup.timemark,
         "backup": report.backup,
         "images": report.images,
         "seconds": round(report.seconds, 3),
@@ -100,8 +108,6 @@ def _report(report: BackupReport) -> None:
         for image in report.images
     ]
     table(["volume", "mode", "size", "read", "stored", "why"], rows, "")
-    for alarm in report.alarms:
-        click.echo(f"ALARM: {alarm}", err=True)
 
 
 @backup.command("list", examples=["offload backup list", "offload backup list --store main"])

@@ -142,7 +142,12 @@ def views(ctx: click.Context) -> None:
         for entry in found
     ]
     data = [
-        {**view_fields(entry.view), "alive": entry.alive, "clients": entry.clients}
+        {
+            **view_fields(entry.view),
+            "state": entry.view.state if entry.alive else "dead",
+            "alive": entry.alive,
+            "clients": entry.clients,
+        }
         for entry in found
     ]
     header = ["name", "id", "state", "size", "mounted", "origin", "uri"]

@@ -64,8 +64,8 @@ def verify(
         raise IntegrityError(
             f"{count} problem{'s' if count > 1 else ''} found",
             code="backup-damaged",
-            hint="the next backup of a volume that is hit writes what is missing again; "
-            "until then restore from another backup",
+            hint="restore those ranges from another backup; later backups of the same data "
+            "refer to the same chunks, so back up to a fresh store until this one is mended",
         )
 
 

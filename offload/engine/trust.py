@@ -8,6 +8,7 @@ at most 4 MiB), so that an incremental still reads only what changed.
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
@@ -21,22 +22,31 @@ _LEAST, _MOST = 64 << 10, 4 << 20
 _SHARE = 0.1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the sample said. `alarm` is empty, or a sentence that says where the parent differs."""
+
+    read_bytes: int
+    alarm: str
+
+
 def sample_unchanged(
     repository: Repository,
     parent: TreeReader,
     image: Image,
     changed: Ranges,
     chooser: random.Random | None = None,
-) -> str:
-    """Empty if the sample agrees with the parent backup, else a sentence that says where not."""
+) -> Verdict:
+    """Read a sample of what is called unchanged, and compare it with the parent backup."""
     size = image.size_bytes
     unchanged = complement(changed, size)
     room = total(unchanged)
     if not room:
-        return ""
+        return Verdict(read_bytes=0, alarm="")
     pick = chooser or random.SystemRandom()
     budget = min(_MOST, max(_LEAST, int(total(changed) * _SHARE)))
     stored = StoredImage(repository, parent.root, size, image.block_size)
+    read = 0
     old_pages = list(parent.data_pages())
     for turn in range(max(2, budget // _PIECE)):
         if turn % 2 and old_pages:  # where the parent has data: the rest may be mostly holes
@@ -48,12 +58,14 @@ def sample_unchanged(
         start, end = found
         if not _has_data(image, stored, start, end):
             continue
+        read += end - start
         if image.pread(start, end - start) != stored.pread(start, end - start):
-            return (
+            alarm = (
                 f"integrity: {end - start} bytes at {start} changed, though the storage says they "
                 "did not; the whole volume was compared instead"
             )
-    return ""
+            return Verdict(read_bytes=read, alarm=alarm)
+    return Verdict(read_bytes=read, alarm="")
 
 
 def _piece_of_page(parent: TreeReader, page: int, pick: random.Random) -> tuple[int, int]:

@@ -271,16 +271,18 @@ class _Run:
 
     def _image(self, entry: _Input, writer: PackWriter) -> None:
         parent = self._parent(entry)
-        alarm = ""
+        alarm, sampled = "", 0
         if parent.changed is not None and parent.tree is not None:
-            alarm = sample_unchanged(self.repository, parent.tree, entry.image, parent.changed)
-            if alarm:
-                alarm = f"volume {entry.volume}: {alarm}"
+            found = sample_unchanged(self.repository, parent.tree, entry.image, parent.changed)
+            sampled = found.read_bytes
+            if found.alarm:
+                alarm = f"volume {entry.volume}: {found.alarm}"
                 self.progress.message(alarm)
                 parent = replace(parent, changed=None, reason="change tracking proved wrong")
         if parent.tree is not None and self.parent is None:
             self.parent = parent.backup
         root, counts = self._copy(entry, parent, writer)
+        counts.read_bytes += sampled
         mode = "full" if parent.changed is None else "incremental"
         self.records.append(
             ImageRecord(

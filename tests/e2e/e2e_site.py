@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from offload import run
+from offload.services.context import Context, open_context
 from offload.testing.pools import loop_pool, mounted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +69,12 @@ class Site:
         assert set(error) == {"code", "message", "hint"}
         assert "\n" not in error["message"]
         return {**error, "status": done.status}
+
+    @contextmanager
+    def context(self) -> Iterator[Context]:
+        """The instance, opened in this process: faster than a command where much is looked at."""
+        with open_context(self.config) as opened:
+            yield opened
 
     def write(self, volume: str, text: str) -> None:
         """A file inside a mounted volume, on disk."""

@@ -14,6 +14,7 @@ import pytest
 from e2e_site import Site
 
 from offload.journal import CRASH_ENV, TRACE_ENV
+from offload.services import mount
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(900)]
 
@@ -36,21 +37,32 @@ def kill_at(site: Site, step: str, *words: str) -> None:
 
 def assert_clean(site: Site, *, timemarks: set[str], views: set[str], backups: set[str]) -> None:
     """Exactly what the catalog is expected to hold is there, inside and outside."""
+    with site.context() as ctx:
+        assert {t.id for t in ctx.catalog.timemarks()} == timemarks
+        assert {b.id for b in ctx.catalog.backups()} == backups
+        shown = mount.views(ctx)
+    assert {status.view.name for status in shown} == views
+    assert all(status.alive for status in shown)
     assert site.journal_files() == []
-    assert {t["id"] for t in site.ask("timemark", "list")} == timemarks
-    assert {v["name"] for v in site.ask("views")} == views
-    assert {b["id"] for b in site.ask("backup", "list")} == backups
-    owners = {p.parent.name for p in site.snapshots()}
-    assert owners == timemarks
+    assert {p.parent.name for p in site.snapshots()} == timemarks
     assert len(site.servers()) == len(views)
     assert len(site.run_files()) == len(views)
-    assert all(v["state"] == "mounted" for v in site.ask("views"))
     assert site.store_files("tmp") == []
     writers = {n.rpartition("/")[2].rpartition("-")[0] for n in site.store_files("packs")}
     assert writers <= backups | set(known_writers(site))
     assert {n.rpartition("/")[2] for n in site.store_files("manifests")} == backups
     assert site.guardians() == []
     assert site.writable()
+
+
+def timemarks_of(site: Site) -> set[str]:
+    with site.context() as ctx:
+        return {t.id for t in ctx.catalog.timemarks()}
+
+
+def backups_of(site: Site) -> set[str]:
+    with site.context() as ctx:
+        return {b.id for b in ctx.catalog.backups()}
 
 
 def known_writers(site: Site) -> list[str]:
@@ -63,12 +75,12 @@ def test_timemark_killed_at_each_step_leaves_nothing(site: Site) -> None:
     steps = steps_of(site, *words)
     assert "timemark.frozen" in steps
     assert "timemark.commit.before" in steps
-    first = {t["id"] for t in site.ask("timemark", "list")}
+    first = timemarks_of(site)
     for step in steps:
         kill_at(site, step, *words)
         assert site.writable(), f"frozen for good after a kill at {step}"
         site.ok("recover")
-        now = {t["id"] for t in site.ask("timemark", "list")}
+        now = timemarks_of(site)
         if step == "timemark.commit.after":  # complete, though nobody was told of it
             assert len(now - first) == 1
             first = now
@@ -85,7 +97,7 @@ def test_timemark_delete_killed_at_each_step_is_finished(site: Site) -> None:
     for step in steps:
         kill_at(site, step, "timemark", "delete", made := make(), "--yes")
         site.ok("recover")
-        left = {t["id"] for t in site.ask("timemark", "list")}
+        left = timemarks_of(site)
         if left:  # killed before it had begun: nothing was to be deleted yet
             assert left == {made}
             assert "intended" not in step or step.endswith("catalog.intended")
@@ -116,7 +128,7 @@ def test_unmount_killed_at_each_step_is_finished(site: Site) -> None:
             assert "intended" in step or step == "unmount.begin", step
             assert len(site.servers()) == len(site.ask("views"))
             site.ok("unmount", "--all")
-        marks = {t["id"] for t in site.ask("timemark", "list")}
+        marks = timemarks_of(site)
         assert marks == set(), f"a fresh TimeMark outlived its views after a kill at {step}"
         assert_clean(site, timemarks=set(), views=set(), backups=set())
 
@@ -126,14 +138,14 @@ def test_backup_killed_at_each_step_is_gone_or_whole(site: Site) -> None:
     site.write("db", "traced")
     steps = steps_of(site, "backup", "shop")
     assert "backup.manifest.written" in steps
-    backups = {b["id"] for b in site.ask("backup", "list")}
+    backups = backups_of(site)
     assert first in backups
     finished_at = steps.index("backup.manifest.written")
     for number, step in enumerate(steps):
         site.write("db", f"before {step}")
         kill_at(site, step, "backup", "shop")
         site.ok("recover")
-        now = {b["id"] for b in site.ask("backup", "list")}
+        now = backups_of(site)
         new = now - backups
         assert backups <= now, f"a finished backup was lost by a kill at {step}"
         if number >= finished_at:
@@ -141,7 +153,7 @@ def test_backup_killed_at_each_step_is_gone_or_whole(site: Site) -> None:
         else:
             assert not new, f"an unfinished backup is listed after a kill at {step}"
         backups = now
-        parents = {t["id"] for t in site.ask("timemark", "list")}
+        parents = timemarks_of(site)
         assert len(parents) == 1, f"{len(parents)} TimeMarks are kept after a kill at {step}"
         assert_clean(site, timemarks=parents, views=set(), backups=backups)
     report = json.loads(site.ok("--json", "verify", "--all"))
@@ -161,7 +173,7 @@ def test_restore_killed_at_each_step_leaves_no_part(site: Site, tmp_path: Path) 
         site.ok("recover")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["db.raw"], step
         assert target.read_bytes() in (b"old", whole)
-        marks = {t["id"] for t in site.ask("timemark", "list")}
+        marks = timemarks_of(site)
         assert_clean(site, timemarks=marks, views=set(), backups={made})
 
 
@@ -188,7 +200,7 @@ def test_prune_killed_at_each_step_keeps_all_that_is_kept(site: Site, deleted: s
         kill_at(site, step, "prune", "--store", "main", "--yes")
         kept |= set(more.values())
         site.ok("recover")
-        assert {b["id"] for b in site.ask("backup", "list")} == kept
+        assert backups_of(site) == kept
         report = site.ask("verify", "--all")
         assert report["problems"] == [], f"after a kill at {step}"
     site.ok("prune", "--store", "main", "--yes")

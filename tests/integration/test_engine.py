@@ -352,7 +352,9 @@ def _sample(
 ) -> tuple[str, MemoryImage]:
     image = MemoryImage(data)
     tree = TreeReader(repository, root, repository.shape(len(data)))
-    return sample_unchanged(repository, tree, image, changed, random.Random(5)), image
+    found = sample_unchanged(repository, tree, image, changed, random.Random(5))
+    assert found.read_bytes == sum(end - start for start, end in image.reads)
+    return found.alarm, image
 
 
 def test_sample_true_change_tracking_passes_and_reads_little(repository: Repository) -> None:
