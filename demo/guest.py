@@ -34,7 +34,9 @@ class Guest:
         self._kvm: Future[bool] = self._pool.submit(kvm_works)
         self._pool.shutdown(wait=False)
 
-    def run(self, screen: Screen, uris: Sequence[str], commands: Sequence[str]) -> GuestRun:
+    def run(
+        self, screen: Screen, home: Path, uris: Sequence[str], commands: Sequence[str]
+    ) -> GuestRun:
         """Attach views read-only, as /dev/sda and on, and run commands."""
         argv = [str(find_program("guestfish")), "--ro", "--format=raw"]
         for uri in uris:
@@ -44,6 +46,7 @@ class Guest:
         for line in commands:
             screen.say(f"><fs> {line}")
         env = guest_env(screen.env, accelerated=accelerated)
+        env["HOME"] = str(home)  # where guestfish keeps its history
         script = "\n".join(commands).encode() + b"\n"
         done = run(argv, stdin=script, env=env, timeout_s=_GUEST_S)
         return GuestRun(seconds=done.seconds, accelerated=accelerated)

@@ -98,7 +98,8 @@ class PlainGround:
         """A group that is taken though its writers cannot be held."""
         return base_config(self.folder, self.pool, "copy") + (
             '[groups.shop]\nvolumes = ["shop-db", "shop-web"]\nconsistency = "crash"\n'
-            'atomic = "record"\nstore = "main"\ndeadline_s = 60\n'
+            'atomic = "record"\nstore = "main"\ndeadline_s = 60\n\n'
+            '[pool]\nmin_free = "1GiB"\n'  # the file system that is there may well be nearly full
         )
 
     def change(self) -> int:

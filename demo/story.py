@@ -44,7 +44,8 @@ class Story:
         seconds = self.screen.offload("timemark", "create", "shop")
         self.note("timemark create", show_seconds(seconds))
         mark = self.screen.ask("timemark", "list")[-1]
-        self.note("  file systems frozen for", f"{mark['freeze_ms']:.0f} ms")
+        frozen = f"{mark['freeze_ms']:.0f} ms" if self.ground.one_instant else "nothing is frozen"
+        self.note("  file systems frozen for", frozen)
         self.note_pause("  longest pause of the writer meanwhile", began)
         wanted = "held" if self.ground.one_instant else "none"
         if mark["instant"] != wanted:
@@ -186,7 +187,7 @@ class Story:
             )
 
     def _guestfish(self, uris: list[str], commands: list[str]) -> None:
-        done = self.guest.run(self.screen, uris, commands)
+        done = self.guest.run(self.screen, self.ground.folder, uris, commands)
         how = "with KVM" if done.accelerated else "QEMU emulates: KVM does not work here"
         self.note("files out of views with libguestfs", f"{show_seconds(done.seconds)} ({how})")
 
