@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from offload.engine.packwriter import Compressor, PackWriter
 from offload.engine.readimage import read_leaf
 from offload.engine.tree import TreeBuilder, TreeReader
@@ -29,7 +27,6 @@ from offload.model import ExtentKind
 
 UNIT_SLOTS = 16  # chunks read with one call: 4 MiB at 256 KiB chunks
 _DELTA_SHARE = 0.5  # changed share of a chunk from which it is written whole
-_PROBE = bytes(64)
 
 
 @dataclass(slots=True)
@@ -101,6 +98,7 @@ class _ImageWriter:
         self.repository = writer.repository
         self.keys = writer.repository.keys
         self.counts = Counts()
+        self._zero_ids: dict[int, bytes] = {}
         self._mutex = threading.Lock()
         pages = Compressor(self.repository.parameters.zstd_level)
         self._page_codec = pages
@@ -244,10 +242,10 @@ class _ImageWriter:
         tool.counts.read_bytes += read
 
     def _store_chunk(self, chunk: memoryview, slot: int, tool: _Tool) -> Leaf | None:
-        if _all_zero(chunk):
+        ident = chunk_id(Kind.DATA, chunk, self.keys)
+        if ident == self._zero_id(len(chunk)):  # as fast as looking at the bytes, and one pass less
             tool.counts.zero_bytes += len(chunk)
             return None
-        ident = chunk_id(Kind.DATA, chunk, self.keys)
         same = self._same_as_parent(ident, chunk, slot)
         if same is not None:
             tool.counts.known_bytes += len(chunk)
@@ -261,6 +259,13 @@ class _ImageWriter:
         else:
             tool.counts.known_bytes += len(chunk)
         return Leaf(ident)
+
+    def _zero_id(self, length: int) -> bytes:
+        """The id that a chunk of zeros has; two lengths at most: whole chunks and the last one."""
+        found = self._zero_ids.get(length)
+        if found is None:
+            found = self._zero_ids[length] = chunk_id(Kind.DATA, bytes(length), self.keys)
+        return found
 
     def _same_as_parent(self, ident: bytes, chunk: memoryview, slot: int) -> Leaf | None:
         """The parent's entry if it has this very content, possibly as base and deltas."""
@@ -341,12 +346,3 @@ def _group_by_page(ranges: Iterator[tuple[int, int]], shape: Shape) -> Iterator[
             start = stop
     if inside:
         yield current, inside
-
-
-def _all_zero(chunk: memoryview) -> bool:
-    if chunk[:64] != _PROBE[: min(64, len(chunk))]:
-        return False
-    whole = len(chunk) & ~7
-    if np.frombuffer(chunk[:whole], dtype=np.uint64).any():
-        return False
-    return not any(chunk[whole:])
