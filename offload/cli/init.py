@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from offload.cli.app import Command, settings_of
+from offload.cli.app import Command, Settings, settings_of
 from offload.cli.output import emit
 
 
@@ -16,6 +16,7 @@ from offload.cli.output import emit
     examples=[
         "offload init",
         "offload --config ./offload.toml init --state-dir /srv/offload",
+        "offload init --from-store /mnt/backups",
     ],
 )
 @click.option(
@@ -23,9 +24,14 @@ from offload.cli.output import emit
     type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
     help="Where this instance keeps its catalog and journal.",
 )
+@click.option(
+    "--from-store",
+    type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
+    help="A bare machine: take groups and volumes from the backups in this store, and list them.",
+)
 @click.option("--force", is_flag=True, help="Move an existing configuration aside first.")
 @click.pass_context
-def init(ctx: click.Context, state_dir: Path | None, force: bool) -> None:
+def init(ctx: click.Context, state_dir: Path | None, from_store: Path | None, force: bool) -> None:
     """Write a commented configuration.
 
     It goes to --config, OFFLOAD_CONFIG, or the usual place (/etc/offload/offload.toml for root), is
@@ -38,6 +44,9 @@ def init(ctx: click.Context, state_dir: Path | None, force: bool) -> None:
     chosen = settings.config_path or os.environ.get(CONFIG_ENV) or usual_places()[0]
     path = Path(chosen).absolute()
     state = state_dir or init_template.default_state_dir()
+    if from_store is not None:
+        _from_store(settings, path, state, from_store, force)
+        return
     old = init_template.write(path, init_template.render(state), force=force)
 
     def human() -> None:
@@ -51,3 +60,25 @@ def init(ctx: click.Context, state_dir: Path | None, force: bool) -> None:
         click.echo(f"  5. {say} backup GROUP")
 
     emit(settings, {"path": path, "state_dir": state, "moved_aside": old}, human)
+
+
+def _from_store(settings: Settings, path: Path, state: Path, store: Path, force: bool) -> None:
+    from offload import init_template
+    from offload.services import bare, stores
+    from offload.services.context import open_context
+
+    text, name = bare.configuration(store, state)
+    old = init_template.write(path, text, force=force)
+    with open_context(path) as context:
+        report = stores.check(context, name, rebuild_catalog=True)
+
+    def human() -> None:
+        click.echo(f"wrote {path}" + (f" (the old one is now {old})" if old else ""))
+        click.echo(f"{report.backups} backups of store {name} are in the catalog")
+        for problem in report.problems:
+            click.echo(f"problem: {problem}", err=True)
+        click.echo("Next: check the paths in it, then: offload backup list")
+
+    data = {"path": path, "state_dir": state, "moved_aside": old, "store": name,
+            "backups": report.backups, "problems": report.problems}  # fmt: skip
+    emit(settings, data, human)

@@ -116,9 +116,9 @@ def test_bare_machine_goes_on_from_the_store_alone(site: Site) -> None:
     for mark in site.ask("timemark", "list"):
         site.ok("timemark", "delete", mark["id"], "--yes")
     shutil.rmtree(site.state)
-    assert site.ask("backup", "list") == []
-    report = site.ask("store", "check", "main", "--rebuild-catalog")
-    assert report["problems"] == []
+    site.config.unlink()
+    made = site.ask("init", "--state-dir", str(site.state), "--from-store", str(site.store))
+    assert made["problems"] == []
     assert [b["id"] for b in site.ask("backup", "list")] == [first]
     target = site.folder / "again.raw"
     site.ok("restore", f"{first}/db", "--to", str(target))
@@ -128,6 +128,17 @@ def test_bare_machine_goes_on_from_the_store_alone(site: Site) -> None:
     again = site.ask("backup", "shop")
     assert again["id"] != first
     assert sum(i["stored_bytes"] for i in again["images"]) < 8 * MIB  # known chunks stay known
+
+
+def test_lost_catalog_is_rebuilt_and_incrementals_go_on(site: Site) -> None:
+    first = site.ask("backup", "shop")["id"]
+    for path in site.state.glob("catalog.db*"):
+        path.unlink()
+    assert site.ask("backup", "list") == []
+    assert site.ask("store", "check", "main", "--rebuild-catalog")["problems"] == []
+    assert [b["id"] for b in site.ask("backup", "list")] == [first]
+    again = site.ask("backup", "shop")
+    assert sum(i["stored_bytes"] for i in again["images"]) < 8 * MIB
 
 
 def test_two_instances_share_a_pool_without_touching_each_other(site: Site) -> None:
