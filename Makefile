@@ -41,4 +41,5 @@ lock: ## renew requirements.lock from pyproject.toml
 	./scripts/renew-lock
 
 clean: ## remove the environment and what demo and bench made
-	rm -rf $(VENV) demo-work bench-work
+	if [[ -x $(PY) ]]; then $(PY) demo/run.py --clean; fi
+	rm -rf $(VENV) bench-work

@@ -196,32 +196,45 @@ def _since(began: float) -> str:
     return show_seconds(time.monotonic() - began)
 
 
+def play(args: argparse.Namespace) -> None:
+    """Everything, in a work folder that is gone again afterwards."""
+    began = time.monotonic()
+    folder, reason = choose_folder(args.work)
+    screen = Screen(leftovers.config_of(folder))
+    if args.clean:
+        if folder.exists():
+            with work_folder(folder, screen):
+                pass  # both its ends clean up
+        return
+    if reason:
+        screen.say(f"Working in {folder}: {reason}.")
+    with work_folder(folder, screen):
+        story = Story(make_ground(folder, screen, plain=args.plain), screen, Guest())
+        tell(story)
+    prove(
+        "What is left of the demonstration:",
+        {
+            "mounts": len(leftovers.mounts(folder)),
+            "loop devices": len(leftovers.loops(folder)),
+            "processes": len(leftovers.programs(folder)),
+            "files": int(folder.exists()),
+        },
+    )
+    story.note("the whole demonstration", _since(began))
+    print_table("Measured:", story.figures)
+
+
 def main() -> int:
     """Run it; the exit code is 0 if everything was as promised and nothing is left."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="the work folder (default: demo-work)")
     parser.add_argument("--plain", action="store_true", help="as if this were not root")
+    parser.add_argument("--clean", action="store_true", help="only take away what a run left")
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda got, _frame: sys.exit(128 + got))
-    began = time.monotonic()
     try:
-        folder, reason = choose_folder(args.work)
-        screen = Screen(leftovers.config_of(folder))
-        if reason:
-            screen.say(f"Working in {folder}: {reason}.")
-        with work_folder(folder, screen):
-            story = Story(make_ground(folder, screen, plain=args.plain), screen, Guest())
-            tell(story)
-        prove(
-            "What is left of the demonstration:",
-            {
-                "mounts": len(leftovers.mounts(folder)),
-                "loop devices": len(leftovers.loops(folder)),
-                "processes": len(leftovers.programs(folder)),
-                "files": int(folder.exists()),
-            },
-        )
+        play(args)
     except KeyboardInterrupt:
         print("\ninterrupted: everything is taken away", file=sys.stderr)
         return 130
@@ -229,8 +242,6 @@ def main() -> int:
         hint = f"\n  {error.hint}" if error.hint else ""
         print(f"\ndemo: {error.message}{hint}", file=sys.stderr)
         return 1
-    story.note("the whole demonstration", _since(began))
-    print_table("Measured:", story.figures)
     return 0
 
 

@@ -85,10 +85,10 @@ class Story:
         mode = {image["mode"] for image in made["images"]}
         if self.ground.one_instant and mode != {"full" if what == "first" else "incremental"}:
             raise DemoError(f"the {what} backup is {', '.join(sorted(mode))}")
+        rate = f", {show_size(read / seconds)}/s" if "full" in mode else ""
         self.note(
             f"{what} backup ({', '.join(sorted(mode))})",
-            f"{show_seconds(seconds)}: {show_size(read)} read, {show_size(stored)} stored, "
-            f"{show_size(read / seconds)}/s",
+            f"{show_seconds(seconds)}: {show_size(read)} read, {show_size(stored)} stored{rate}",
         )
         return made
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = [sys.executable, str(ROOT / "demo" / "run.py")]
 NOBODY = 65534  # of Debian's base-passwd
 TIMEOUT_S = 240
+EARLIER = "An earlier demonstration was interrupted: its leftovers go first."
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT_S)]
 
@@ -36,9 +37,9 @@ def work() -> Iterator[Path]:
     shutil.rmtree(parent)
 
 
-def demo(work: Path, *prefix: str) -> str:
+def demo(work: Path, *prefix: str, options: tuple[str, ...] = ()) -> str:
     """Run it to its end, which must be a good one; returns what it showed, without line breaks."""
-    done = run([*prefix, *DEMO, "--work", str(work)], timeout_s=TIMEOUT_S, check=False)
+    done = run([*prefix, *DEMO, "--work", str(work), *options], timeout_s=TIMEOUT_S, check=False)
     assert done.status == 0, done.stdout[-3000:] + done.stderr
     return " ".join(done.stdout.split())
 
@@ -73,7 +74,14 @@ def test_demo_after_a_killed_one_cleans_up_and_works(work: Path) -> None:
     assert leftovers.mounts(work)
     assert leftovers.servers(work)
     shown = demo(work)
-    assert "its leftovers go first" in shown
+    assert EARLIER in shown
+    assert_nothing_left(work)
+
+
+@pytest.mark.needs_root
+def test_demo_clean_after_a_killed_one_takes_its_leftovers_away(work: Path) -> None:
+    kill_when_mounted(work)
+    assert demo(work, options=("--clean",)) == EARLIER
     assert_nothing_left(work)
 
 
