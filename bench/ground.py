@@ -53,6 +53,7 @@ class Ground:
 
     def fresh_store(self) -> None:
         """An empty store, and no TimeMark that could be a parent."""
+        self.cli("unmount", "--all")
         if self.store.exists():
             shutil.rmtree(self.store)
             for mark in self.ask("timemark", "list"):

@@ -52,7 +52,7 @@ def once(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Sample:
             seconds=seconds,
             cpu_seconds=usage.ru_utime + usage.ru_stime,
             peak_bytes=int(peak.read()) * 1024,
-            stdout=out.read().decode("utf-8", "replace"),
+            stdout=out.read(1 << 20).decode("utf-8", "replace"),
         )
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported here: `offload --help` and completion read only the ta
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -131,5 +132,8 @@ def _on_sigterm(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> NoReturn:
     """The console script."""
+    # The libraries make many lasting objects while they load: looking through them again and again
+    # for garbage cost a tenth of the time that a command takes to start.
+    gc.set_threshold(50_000)
     signal.signal(signal.SIGTERM, _on_sigterm)
     sys.exit(run(sys.argv[1:]))

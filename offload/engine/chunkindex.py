@@ -175,6 +175,11 @@ class ChunkIndex:
         with self._use():
             return [row[0] for row in self._db.execute("SELECT name FROM pack ORDER BY name")]
 
+    def empty(self) -> bool:
+        """Whether it knows no chunk at all."""
+        with self._use():
+            return self._db.execute("SELECT 1 FROM chunk LIMIT 1").fetchone() is None
+
     def totals(self) -> tuple[int, int, int]:
         """Chunks, their stored bytes and their raw bytes."""
         with self._use():
