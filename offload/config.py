@@ -25,6 +25,7 @@ from offload.model import Consistency, Volume
 from offload.quantity import Watermark, parse_duration
 
 SYSTEM_CONFIG = Path("/etc/offload/offload.toml")
+_SECRET_KEYS = ("passphrase", "password", "secret")
 CONFIG_ENV = "OFFLOAD_CONFIG"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -118,7 +119,13 @@ class StoreConfig(_Model):
     path: Path
     min_free: str = "1GiB"  # a backup stops cleanly before the store's file system is fuller
     keep: KeepConfig | None = None
-    passphrase: SecretStr | None = None  # for encrypted stores
+    passphrase: SecretStr | None = None  # refused: this version does not encrypt
+
+    @field_validator("passphrase")
+    @classmethod
+    def _not_yet(cls, value: SecretStr | None) -> None:
+        if value is not None:
+            raise ValueError("this version does not encrypt stores; remove it, or wait")
 
     @field_validator("min_free")
     @classmethod
@@ -254,16 +261,15 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid TOML: {error}", code="config-syntax") from error
+    _check_mode(path, data)
     try:
-        config = Config.model_validate(data)
+        return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(
             _explain(path, error),
             code="config-invalid",
             hint="all keys and values, explained: offload --config NEWFILE init",
         ) from error
-    _check_mode(path, config)
-    return config
 
 
 def _explain(path: Path, error: ValidationError) -> str:
@@ -291,17 +297,23 @@ def _suggest(key: str) -> str:
     return f", did you mean '{near[0]}'?" if near else ""
 
 
-def _check_mode(path: Path, config: Config) -> None:
+def _check_mode(path: Path, data: dict[str, Any]) -> None:
     """A file that others may write decides over production data; one with secrets is private."""
     mode = path.stat().st_mode
     if mode & stat.S_IWOTH:
         raise ConfigError(
             f"{path} is writable by everyone", code="config-unsafe", hint=f"chmod o-w {path}"
         )
-    secret = any(store.passphrase for store in config.stores.values())
-    if secret and mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and _has_secret(data):
         raise ConfigError(
             f"{path} holds a secret and others may read it",
             code="config-unsafe",
             hint=f"chmod 600 {path}",
         )
+
+
+def _has_secret(data: object) -> bool:
+    """Whether any key is one that holds a secret, before it is known to be a valid one."""
+    if isinstance(data, dict):
+        return any(key in _SECRET_KEYS or _has_secret(value) for key, value in data.items())
+    return isinstance(data, list) and any(_has_secret(entry) for entry in data)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -60,41 +59,12 @@ def check(ctx: click.Context) -> None:
 def show(ctx: click.Context) -> None:
     """Print the configuration with all defaults filled in. Secrets are masked."""
     path, loaded = _load(settings_of(ctx))
-    values = loaded.model_dump(mode="json")
+    values = loaded.model_dump(mode="json", exclude_none=True)
 
     def human() -> None:
+        import tomli_w
+
         click.echo(f"# {path}")
-        click.echo("\n".join(to_toml(values)))
+        click.echo(tomli_w.dumps(values), nl=False)
 
     emit(settings_of(ctx), {"path": path, **values}, human)
-
-
-def to_toml(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines of TOML. What is None has no TOML form and is left out."""
-    lines = []
-    tables: list[tuple[str, Mapping[str, Any], str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{_key(key)}"
-        if isinstance(value, Mapping):
-            tables.append((f"[{name}]", value, name))
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            tables.extend((f"[[{name}]]", entry, name) for entry in value)
-        elif value is not None:
-            lines.append(f"{_key(key)} = {_value(value)}")
-    for head, entries, name in tables:
-        inner = to_toml(entries, f"{name}.")
-        only_tables = bool(inner) and inner[0] == ""
-        lines += inner if only_tables and head[1] != "[" else ["", head, *inner]
-    return lines
-
-
-def _key(key: str) -> str:
-    return f'"{key}"' if "." in key else key
-
-
-def _value(value: object) -> str:
-    import json
-
-    if isinstance(value, list):
-        return "[" + ", ".join(_value(entry) for entry in value) + "]"
-    return json.dumps(value, ensure_ascii=False)  # TOML writes strings, numbers, booleans the same

@@ -26,7 +26,7 @@ from offload.cli.output import emit
 )
 @click.option(
     "--from-store",
-    type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
+    type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
     help="A bare machine: take groups and volumes from the backups in this store, and list them.",
 )
 @click.option("--force", is_flag=True, help="Move an existing configuration aside first.")

@@ -57,7 +57,7 @@ def _newest_of_each_group(store_path: Path) -> dict[str, Manifest]:
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))
         store = compose.open_store(str(store_path))
         stack.callback(store.close)
-        if not store_path.is_dir() or not store.exists(layout.STORE_OBJECT):
+        if not store.exists(layout.STORE_OBJECT):
             raise UnavailableError(
                 f"there is no store in {store_path}",
                 code="store-not-initialised",

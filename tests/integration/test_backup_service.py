@@ -203,7 +203,8 @@ def test_backup_incremental_chain_reads_back_and_reads_only_changes(site: Site) 
         report = site.back_up()
         assert [i.mode for i in report.images] == ["incremental", "incremental"]
         assert report.images[0].read_bytes < SIZES["db"] / 3
-        assert report.images[1].read_bytes == 0
+        assert report.images[1].looked_at_bytes == 0
+    assert report.images[1].read_bytes <= 64 << 10  # the sample of what is called unchanged
     site.check_readable()
     site.check_clean()
 

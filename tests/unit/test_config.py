@@ -172,11 +172,19 @@ def test_load_file_writable_by_everyone_is_refused(file: Path) -> None:
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
 def test_load_secret_that_others_may_read_is_refused_and_not_shown(file: Path, mode: int) -> None:
     file.write_text(GOOD + 'passphrase = "hunter2"\n')
-    assert load_config(file).stores["main"].passphrase is not None
     file.chmod(mode)
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     assert caught.value.hint == f"chmod 600 {file}"
+    assert "hunter2" not in caught.value.message
+
+
+def test_load_passphrase_is_refused_rather_than_ignored(file: Path) -> None:
+    file.write_text(GOOD + 'passphrase = "hunter2"\n')
+    file.chmod(0o600)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert "does not encrypt" in caught.value.message
     assert "hunter2" not in caught.value.message
 
 
