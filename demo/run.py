@@ -25,6 +25,7 @@ from demo.story import Story, prove
 from offload.errors import OffloadError
 from offload.filesystem import mount_of
 from offload.quantity import show_seconds, show_size
+from offload.run import ProgramError
 
 _ROOT = Path(__file__).resolve().parents[1]
 _NEEDED_BYTES = 3 << 30
@@ -136,7 +137,8 @@ def make_ground(folder: Path, screen: Screen, *, plain: bool) -> PoolGround | Pl
         try:
             pool.make_pool()
         except OffloadError as error:
-            reason = error.message
+            said = error.stderr.splitlines()[:1] if isinstance(error, ProgramError) else []
+            reason = f"no XFS pool in a file can be had here ({''.join(said) or error.message})"
             leftovers.clean(folder, screen.env)
             folder.mkdir(mode=0o700)
             (folder / leftovers.MARKER).touch()
