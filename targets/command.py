@@ -94,9 +94,9 @@ def _composed(request: ExportRequest) -> _Plugin:
 
 
 def _composed_threads() -> int:
-    """Threads a connection: nbdkit's 16 fight for the interpreter's lock, which cost a quarter of
-    the speed on two cores; one more than there are cores keeps them all busy."""
-    return min(_THREADS_MAX, len(os.sched_getaffinity(0)) + 1)
+    """Threads a connection, as many as there are cores: nbdkit's 16 fight for the interpreter's
+    lock, which cost a third of the speed on two cores."""
+    return min(_THREADS_MAX, max(2, len(os.sched_getaffinity(0))))
 
 
 def unix_uri(path: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from offload.engine.chunkindex import Location
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.errors import IntegrityError
@@ -15,12 +16,21 @@ from offload.format.pack import Kind
 from offload.format.tree import Leaf, Shape
 from offload.model import Extent
 
+_CACHED_PLACES = 16  # leaf pages
 _CACHED_CHUNKS = 32  # for reads smaller than a chunk: 8 MiB at 256 KiB chunks
 
 
-def read_leaf(repository: Repository, leaf: Leaf, length: int) -> bytes | bytearray:
-    """The content of a chunk slot: the base with its deltas applied, oldest first."""
-    base = _read_kind(repository, leaf.base, Kind.DATA)
+Places = Mapping[bytes, Location]
+
+
+def read_leaf(
+    repository: Repository, leaf: Leaf, length: int, places: Places | None = None
+) -> bytes | bytearray:
+    """The content of a chunk slot: the base with its deltas applied, oldest first.
+
+    `places` may hold locations that were looked up beforehand, many at once.
+    """
+    base = _read_kind(repository, leaf.base, Kind.DATA, places)
     if len(base) != length:
         raise IntegrityError(
             f"chunk {leaf.base.hex()[:16]} has {len(base)} bytes, its place {length}",
@@ -30,12 +40,12 @@ def read_leaf(repository: Repository, leaf: Leaf, length: int) -> bytes | bytear
         return base
     chunk = bytearray(base)
     for ident in leaf.deltas:
-        apply_delta(_read_kind(repository, ident, Kind.DELTA), chunk)
+        apply_delta(_read_kind(repository, ident, Kind.DELTA, places), chunk)
     return chunk
 
 
-def _read_kind(repository: Repository, ident: bytes, kind: Kind) -> bytes:
-    location = repository.locate(ident)
+def _read_kind(repository: Repository, ident: bytes, kind: Kind, places: Places | None) -> bytes:
+    location = (places.get(ident) if places else None) or repository.locate(ident)
     if location.entry.kind != kind:
         raise IntegrityError(f"chunk {ident.hex()[:16]} is no {kind.name.lower()}", code="bad-page")
     return repository.read_at(location)
@@ -54,6 +64,7 @@ class StoredImage:
         self._sector = sector_size
         self._mutex = threading.Lock()
         self._chunks: OrderedDict[int, bytes | bytearray] = OrderedDict()
+        self._places: OrderedDict[int, Places] = OrderedDict()
 
     @property
     def size_bytes(self) -> int:
@@ -115,13 +126,30 @@ class StoredImage:
         if leaf is None:
             return None
         start, stop = self.shape.slot_range(slot)
-        chunk = read_leaf(self.repository, leaf, stop - start)
+        places = None if keep else self._places_of(slot // self.shape.page_entries)
+        chunk = read_leaf(self.repository, leaf, stop - start, places)
         if keep:
             with self._mutex:
                 self._chunks[slot] = chunk
                 if len(self._chunks) > _CACHED_CHUNKS:
                     self._chunks.popitem(last=False)
         return chunk
+
+    def _places_of(self, page: int) -> Places:
+        """Where all chunks of a leaf page are: one look-up for a reader of whole chunks, who will
+        want them all. Places stay true while the store is held against prune."""
+        with self._mutex:
+            known = self._places.get(page)
+        if known is not None:
+            return known
+        leaves = self.tree.leaf_page(page)
+        ids = {ident for leaf in leaves if leaf for ident in (leaf.base, *leaf.deltas)}
+        found = self.repository.index.find_many(list(ids))
+        with self._mutex:
+            self._places[page] = found
+            if len(self._places) > _CACHED_PLACES:
+                self._places.popitem(last=False)
+        return found
 
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`."""
@@ -133,3 +161,4 @@ class StoredImage:
         """Nothing is held beyond the repository, which its opener closes."""
         with self._mutex:
             self._chunks.clear()
+            self._places.clear()
