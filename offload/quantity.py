@@ -80,3 +80,8 @@ def show_seconds(seconds: float) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def count_of(count: int, what: str) -> str:
+    """`1 pack`, `2 packs`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -48,7 +48,8 @@ class ProgramError(UnavailableError):
     ) -> None:
         how = "did not end in time" if status is None else f"ended with status {status}"
         tail = stderr.strip()[-_STDERR_TAIL:]
-        last = tail.splitlines()[-1] if tail else "it said nothing"
+        said = [line.strip() for line in tail.splitlines() if line.strip()]
+        last = "; ".join(said[-2:]) or "it said nothing"  # some, like mount, end with a mere hint
         super().__init__(f"{Path(argv[0]).name} {how} after {seconds:.1f} s: {last}")
         self.argv = tuple(argv)
         self.status = status

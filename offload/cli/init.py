@@ -64,6 +64,7 @@ def init(ctx: click.Context, state_dir: Path | None, from_store: Path | None, fo
 
 def _from_store(settings: Settings, path: Path, state: Path, store: Path, force: bool) -> None:
     from offload import init_template
+    from offload.quantity import count_of
     from offload.services import bare, stores
     from offload.services.context import open_context
 
@@ -74,7 +75,7 @@ def _from_store(settings: Settings, path: Path, state: Path, store: Path, force:
 
     def human() -> None:
         click.echo(f"wrote {path}" + (f" (the old one is now {old})" if old else ""))
-        click.echo(f"{report.backups} backups of store {name} are in the catalog")
+        click.echo(f"in the catalog now: {count_of(report.backups, 'backup')} of store {name}")
         for problem in report.problems:
             click.echo(f"problem: {problem}", err=True)
         click.echo("Next: check the paths in it, then: offload backup list")

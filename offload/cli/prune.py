@@ -13,7 +13,7 @@ from offload.cli.output import emit, show_time, table
 from offload.cli.quantities import span
 from offload.cli.session import changing_context, confirm, reading_context
 from offload.errors import UsageError
-from offload.quantity import show_size
+from offload.quantity import count_of, show_size
 
 if TYPE_CHECKING:
     from offload.config import Config
@@ -74,7 +74,8 @@ def prune(
         if not settings.json:
             _show(plan)
         gone = sum(not verdict.kept for verdict in plan.verdicts)
-        confirm(settings, f"Delete {gone} backups of store {name} and free the space?", yes=yes)
+        question = f"Delete {count_of(gone, 'backup')} of store {name} and free the space?"
+        confirm(settings, question, yes=yes)
     with changing_context(settings) as context, progress(settings) as shown:
         report = service.prune(context, name, rules=rules, progress=shown)
     emit(settings, _data(report), lambda: _show(report))
@@ -136,6 +137,7 @@ def _show(report: PruneReport) -> None:
     table(["id", "group", "of", "", "why"], rows, f"no backups in store {report.store}")
     would = "would free" if report.dry_run else "freed"
     click.echo(
-        f"{would} {show_size(report.freed_bytes)}: {report.packs_deleted} packs deleted, "
+        f"{would} {show_size(report.freed_bytes)}: "
+        f"{count_of(report.packs_deleted, 'pack')} deleted, "
         f"{report.packs_rewritten} rewritten; {show_size(report.live_bytes)} stay in use"
     )

@@ -11,7 +11,7 @@ from offload.cli.app import Group, settings_of
 from offload.cli.output import emit, facts, table
 from offload.cli.session import changing_context, reading_context
 from offload.errors import IntegrityError
-from offload.quantity import show_size
+from offload.quantity import count_of, show_size
 
 if TYPE_CHECKING:
     from offload.services.stores import CheckReport, StoreSummary
@@ -75,7 +75,11 @@ def show(ctx: click.Context, name: str) -> None:
 
 @store.command(
     "check",
-    examples=["offload store check main", "offload store check main --rebuild-catalog"],
+    examples=[
+        "offload store check main",
+        "offload store check main --rebuild-catalog",
+        "offload store check main --rebuild-index",
+    ],
 )
 @click.argument("name", shell_complete=complete.stores)
 @click.option(
@@ -83,8 +87,13 @@ def show(ctx: click.Context, name: str) -> None:
     is_flag=True,
     help="Enter what the store holds into the catalog, and drop what it does not.",
 )
+@click.option(
+    "--rebuild-index",
+    is_flag=True,
+    help="Make lost or damaged index objects anew, from the packs themselves.",
+)
 @click.pass_context
-def check(ctx: click.Context, name: str, rebuild_catalog: bool) -> None:
+def check(ctx: click.Context, name: str, rebuild_catalog: bool, rebuild_index: bool) -> None:
     """Check a store's structure, without reading the data: that is `offload verify`.
 
     The exit code is 7 if something is wrong.
@@ -92,9 +101,11 @@ def check(ctx: click.Context, name: str, rebuild_catalog: bool) -> None:
     from offload.services import stores
 
     settings = settings_of(ctx)
-    opened = changing_context if rebuild_catalog else reading_context
+    opened = changing_context if rebuild_catalog or rebuild_index else reading_context
     with opened(settings) as context:
-        report = stores.check(context, name, rebuild_catalog=rebuild_catalog)
+        report = stores.check(
+            context, name, rebuild_catalog=rebuild_catalog, rebuild_index=rebuild_index
+        )
     emit(settings, report, lambda: _checked(report))
     if report.problems:
         count = len(report.problems)
@@ -108,11 +119,13 @@ def check(ctx: click.Context, name: str, rebuild_catalog: bool) -> None:
 def _checked(report: CheckReport) -> None:
     for problem in report.problems:
         click.echo(f"PROBLEM: {problem}")
-    click.echo(f"{report.backups} backups, {report.packs} packs, {report.chunks} chunks looked at")
+    counts = (count_of(report.backups, "backup"), count_of(report.packs, "pack"))
+    click.echo(f"{', '.join(counts)}, {count_of(report.chunks, 'chunk')} looked at")
     if report.orphan_packs:
-        click.echo(f"{len(report.orphan_packs)} packs belong to no backup: offload prune")
+        orphans = count_of(len(report.orphan_packs), "pack")
+        click.echo(f"not in the index: {orphans}; offload prune removes what no backup needs")
     if report.rebuilt is not None:
-        click.echo(f"{report.rebuilt} backups entered in the catalog")
+        click.echo(f"entered in the catalog: {count_of(report.rebuilt, 'backup')}")
 
 
 def _show(entry: StoreSummary) -> None:

@@ -13,7 +13,7 @@ from offload.cli.output import emit
 from offload.cli.quantities import share
 from offload.cli.session import reading_context
 from offload.errors import IntegrityError
-from offload.quantity import show_size
+from offload.quantity import count_of, show_size
 
 if TYPE_CHECKING:
     from offload.services.verify import Problem, VerifyReport
@@ -74,8 +74,9 @@ def _show(report: VerifyReport) -> None:
         click.echo(f"PROBLEM: {_where(problem)}: {problem.what}")
     part = "" if report.sampled is None else f" (a sample of {report.sampled:.0%})"
     click.echo(
-        f"{report.backups} backups, {report.chunks} chunks, {show_size(report.checked_bytes)} "
-        f"read and checked{part}: {len(report.problems)} problems"
+        f"{count_of(report.backups, 'backup')}, {count_of(report.chunks, 'chunk')}, "
+        f"{show_size(report.checked_bytes)} read and checked{part}: "
+        + count_of(len(report.problems), "problem")
     )
 
 

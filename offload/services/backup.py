@@ -40,7 +40,16 @@ from offload.ids import new_id
 from offload.image import Image
 from offload.instance import Instance
 from offload.journal import step
-from offload.model import Backup, BackupId, ImageRecord, Snapshot, TimeMark
+from offload.model import (
+    Backup,
+    BackupId,
+    Consistency,
+    ExtentKind,
+    ImageRecord,
+    Instant,
+    Snapshot,
+    TimeMark,
+)
 from offload.origin import Origin, OriginKind, parse_origin
 from offload.progress import NoProgress, Progress
 from offload.quantity import Watermark
@@ -197,8 +206,8 @@ class _Description:
     group: str
     created_at: datetime
     timemark: str
-    consistency: str
-    instant: str
+    consistency: Consistency
+    instant: Instant
     report: Mapping[str, object]
 
 
@@ -249,8 +258,8 @@ class _Run:
             created_at=what.created_at,
             finished_at=datetime.now(UTC),
             timemark=what.timemark,
-            consistency=what.consistency,  # type: ignore[arg-type]
-            instant=what.instant,  # type: ignore[arg-type]
+            consistency=what.consistency,
+            instant=what.instant,
             images=tuple(self.records),
             parent=self.parent,
             host=os.uname().nodename,
@@ -313,8 +322,7 @@ class _Run:
         step(f"backup.image.{entry.volume}")
 
     def _copy(self, entry: _Input, parent: _Parent, writer: PackWriter) -> tuple[bytes, Counts]:
-        expected = None if parent.changed is None else total(parent.changed)
-        self.progress.start(entry.volume, expected)
+        self.progress.start(entry.volume, self._expected(entry.image, parent.changed))
         try:
             job = Job(
                 image=entry.image,
@@ -326,6 +334,16 @@ class _Run:
             return write_image(job, writer)
         finally:
             self.progress.finish(entry.volume)
+
+    def _expected(self, image: Image, changed: Ranges | None) -> int | None:
+        """The bytes that will be looked at; what nobody sees is not worth listing all extents."""
+        if changed is not None:
+            return total(changed)
+        if isinstance(self.progress, NoProgress):
+            return None
+        return sum(
+            e.length for e in image.extents(0, image.size_bytes) if e.kind is ExtentKind.DATA
+        )
 
     # -- the parent ------------------------------------------------------------------------------
 

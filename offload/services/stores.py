@@ -12,10 +12,11 @@ from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.errors import BusyError, IntegrityError, NotFoundError, OffloadError, UnavailableError
 from offload.format import layout
-from offload.format.index import decode_index
+from offload.format.index import decode_index, encode_index
 from offload.format.layout import encode_parameters, new_parameters
 from offload.format.manifest import Manifest, decode_manifest
 from offload.format.pack import read_footer
+from offload.ids import new_id
 from offload.model import Backup, BackupSource, ImageRecord
 from offload.services.context import Context
 from offload.store import Store
@@ -196,11 +197,17 @@ def manifests(repository: Repository, store: str) -> Iterator[tuple[str, Manifes
             yield name, error
 
 
-def check(ctx: Context, name: str, *, rebuild_catalog: bool = False) -> CheckReport:
+def check(
+    ctx: Context, name: str, *, rebuild_catalog: bool = False, rebuild_index: bool = False
+) -> CheckReport:
     """Check a store's structure without reading the data: seals, footers, trees, references.
 
     `rebuild_catalog` enters what the store holds into the catalog, and drops what it does not.
+    `rebuild_index` first makes the index anew from the packs; it needs the store for itself alone.
     """
+    if rebuild_index:
+        with opened(ctx, name, exclusive=True) as repository:
+            _rebuild_index(repository)
     with opened(ctx, name, exclusive=False) as repository:
         checker = _Checker(repository, name)
         checker.indexes()
@@ -220,6 +227,20 @@ def check(ctx: Context, name: str, *, rebuild_catalog: bool = False) -> CheckRep
             orphan_packs=tuple(checker.orphans),
             rebuilt=rebuilt,
         )
+
+
+def _rebuild_index(repository: Repository) -> None:
+    """One index object out of what all packs say of themselves, then the old ones go.
+
+    Killed in between, both stand and say the same.
+    """
+    objects = repository.store
+    old = list(objects.list(layout.INDEXES))
+    packs = {pack: repository.pack_entries(pack) for pack in objects.list(layout.PACKS)}
+    objects.put(layout.index_name(new_id()), [encode_index(packs, repository.keys)])
+    for name in old:
+        objects.delete(name)
+    repository.refresh()
 
 
 class _Checker:

@@ -783,3 +783,17 @@ def test_backup_of_a_large_image_stays_in_bounded_memory(tmp_path: Path) -> None
     read, peak_kib = map(int, done.stdout.split())
     assert read >= data
     assert peak_kib < 300 << 10
+
+
+def test_lost_index_objects_are_made_anew_from_the_packs(site: Site) -> None:
+    site.back_up()
+    for name in site.objects("index"):
+        (site.folder / "store" / name).unlink()
+    assert stores.check(site.ctx, "main").problems != ()
+    report = stores.check(site.ctx, "main", rebuild_index=True)
+    assert (report.problems, report.orphan_packs) == ((), ())
+    site.check_readable()
+    site.scribble("db")
+    site.back_up()
+    site.check_readable()
+    site.check_clean()
