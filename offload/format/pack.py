@@ -82,6 +82,12 @@ def footer(entries: Sequence[Entry], footer_offset: int, keys: Keys) -> bytes:
     return body + fields + mac + _END_MAGIC
 
 
+def pack_bytes(entries: Sequence[Entry]) -> int:
+    """The size of a pack that holds just these records."""
+    records = sum(entry.end - entry.offset for entry in entries)
+    return len(FILE_HEADER) + records + ENTRY.size * len(entries) + TRAILER.size
+
+
 def encode_entries(entries: Sequence[Entry]) -> bytes:
     """Entries as they stand in footers and index objects."""
     return b"".join(

@@ -139,8 +139,9 @@ def backup(
             "store", "abort-backup",
             {"store_url": repository.store.url, "store": name, "backup": run.id},
         )  # fmt: skip
-        inputs = list(_inputs(ctx, origin, mark, stack))
-        done = run.write(inputs, _description(ctx, origin, mark))
+        with ExitStack() as images:  # closed before the old parent goes: some share its file
+            inputs = list(_inputs(ctx, origin, mark, images))
+            done = run.write(inputs, _description(ctx, origin, mark))
         ctx.catalog.add_backup(done)
         op.done("catalog")
         old = run.parent_timemarks()

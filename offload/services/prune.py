@@ -32,7 +32,7 @@ from offload.engine.tree import walk_pages
 from offload.errors import IntegrityError, OffloadError
 from offload.format import layout
 from offload.format.index import encode_index
-from offload.format.pack import Entry
+from offload.format.pack import Entry, pack_bytes
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.journal import step
@@ -208,12 +208,16 @@ def _plan(repository: Repository, live: _LiveSet) -> _PackPlan:
     plan = _PackPlan([], [], [], 0, 0)
     for name in repository.store.list(layout.PACKS):
         size = repository.store.size(name)
-        used = sum(entry.end - entry.offset for entry in _live_in(repository, name, live))
-        plan.live_bytes += used
-        if not used:
+        entries = _live_in(repository, name, live)
+        # what a pack of just these would take: a small pack is all frame, and must not be
+        # rewritten for that, again and again
+        used = pack_bytes(entries)
+        if not entries:
             plan.drop.append(name)
             plan.freed_bytes += size
-        elif used < size * _REPACK_BELOW:
+            continue
+        plan.live_bytes += used
+        if used < size * _REPACK_BELOW:
             plan.rewrite.append(name)
             plan.freed_bytes += size - used
         else:

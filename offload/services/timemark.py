@@ -417,6 +417,9 @@ def delete_if_unused(ctx: Context, timemark: str) -> bool:
         delete(ctx, timemark)
     except BusyError:
         return False
+    except OffloadError as error:  # what it served for is done; the journal keeps it for later
+        log.warning("timemark %s could not be deleted yet: %s", timemark, error.message)
+        return False
     return True
 
 
