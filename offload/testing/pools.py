@@ -71,6 +71,28 @@ def loop_device(image: Path, *, sector_size: int = 512, read_only: bool = False)
         run(["losetup", "--detach", device])
 
 
+@contextmanager
+def partitions(device: Path) -> Iterator[None]:
+    """The partitions of a loop device as devices (`loop0p1` …): not every kernel looks for them."""
+    run(["partx", "--add", str(device)])
+    try:
+        yield
+    finally:
+        _delete_partitions(device)
+
+
+def _delete_partitions(device: Path) -> None:
+    """A file system that was just unmounted holds its partition for a moment longer."""
+    until = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until:
+        if run(["partx", "--delete", str(device)], check=False).status == 0:
+            return
+        if not list(Path("/sys/block", device.name).glob(f"{device.name}p*")):
+            return
+        time.sleep(0.1)
+    run(["partx", "--delete", str(device)])
+
+
 def unmount(point: Path) -> None:
     """Unmount; wait a little for those who still use it, then take it out of the tree anyway.
 

@@ -13,7 +13,7 @@ from offload.errors import ConfigError, UnavailableError
 from offload.model import Instant, Volume
 from offload.run import run
 from offload.snapshots.device import DeviceProvider
-from offload.testing.pools import loop_device
+from offload.testing.pools import loop_device, partitions
 from offload.testing.snapshot_provider import taken
 
 _SIZE = 8 << 20
@@ -113,8 +113,7 @@ def test_identity_of_partitions_differs_from_the_disk_and_each_other(
     run(["sfdisk", "--quiet", str(file)], stdin=b"label: gpt\nsize=2MiB\nsize=2MiB\n")
     with loop_device(file) as disk:
         folder = Path("/sys/block") / disk.name
-        run(["partx", "--add", str(disk)])
-        try:
+        with partitions(disk):
             parts = sorted(p.name for p in folder.glob(f"{disk.name}p*"))
             assert len(parts) == 2
             found = {provider.inspect(_volume(disk)).identity}
@@ -122,8 +121,6 @@ def test_identity_of_partitions_differs_from_the_disk_and_each_other(
                 node = tmp_path / name  # made by hand: a container has no udev
                 run(["mknod", str(node), "b", *_number(folder / name)])
                 found.add(provider.inspect(_volume(node)).identity)
-        finally:
-            run(["partx", "--delete", str(disk)])
     assert len(found) == 3
 
 

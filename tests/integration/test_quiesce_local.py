@@ -28,6 +28,7 @@ from offload.model import Consistency
 from offload.quiescers import holder
 from offload.quiescers.guardian import FIFREEZE, FITHAW
 from offload.quiescers.local import LocalQuiescer, undo_post, undo_thaw
+from offload.testing.pools import partitions
 
 pytestmark = pytest.mark.needs_root
 
@@ -44,8 +45,7 @@ class Disk:
         run.run(["sfdisk", "-q", str(self.path)], stdin=b"label: gpt\n,64M\n,\n")
         loop = run.run(["losetup", "--show", "-f", str(self.path)]).stdout.strip()
         stack.callback(run.run, ["losetup", "-d", loop])
-        run.run(["partx", "-a", loop])  # not every kernel reads partition tables itself
-        stack.callback(run.run, ["partx", "-d", loop])
+        stack.enter_context(partitions(Path(loop)))
         self.a, self.b = folder / "a", folder / "b"
         run.run(["mkfs.ext4", "-q", f"{loop}p1"])
         run.run(["mkfs.xfs", "-q", f"{loop}p2"])
