@@ -27,6 +27,7 @@ from offload.quantity import Watermark, show_size
 from offload.store import Buffer
 
 _PACKS_IN_FLIGHT = 1  # beside the one being filled and the one being put: three packs of memory
+_USUAL_CHUNK = 256 << 10
 _TRIAL_BYTES = 8 << 10
 _TRIAL_FROM = 64 << 10
 _KEEP_RATIO = 0.97  # what shrinks by less than 3 % is stored as it is: faster to read
@@ -40,7 +41,7 @@ class Compressor:
     """
 
     def __init__(self, level: int) -> None:
-        self._zstd = zstandard.ZstdCompressor(level=level, write_content_size=True)
+        self._zstd = zstandard.ZstdCompressor(compression_params=_parameters(level))
         self._doubtful = False
 
     def compress(self, raw: bytes | bytearray | memoryview) -> tuple[int, bytes]:
@@ -63,6 +64,19 @@ class Compressor:
             if len(self._zstd.compress(sample)) < _TRIAL_BYTES * _KEEP_RATIO:
                 return True
         return False
+
+
+def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
+    """zstd's own for this level; at level 1 with longer matches in a larger table.
+
+    Measured on chunks of 256 KiB of /usr: 5 % less time to compress and to decompress, 1 % more
+    bytes (docs/decisions/0003).
+    """
+    if level != 1:
+        return zstandard.ZstdCompressionParameters.from_level(level, write_content_size=True)
+    return zstandard.ZstdCompressionParameters.from_level(
+        1, source_size=_USUAL_CHUNK, hash_log=16, min_match=7, write_content_size=True
+    )
 
 
 class PackWriter:
