@@ -83,3 +83,23 @@ def ref_of(pid: int) -> ProcessRef | None:
     """The reference of a live process."""
     start = start_time(pid)
     return None if start is None else ProcessRef(pid=pid, start=start, boot=boot_id())
+
+
+def find_running(program: str, argument: str) -> list[ProcessRef]:
+    """Live processes of a program (by the end of its path) that were given exactly this argument.
+
+    Looks at command lines: a start that was cut off by `kill -9` before a pid file was written is
+    found too, and a program that merely mentions the argument in another one is not.
+    """
+    wanted = os.fsencode(argument)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            argv = (entry / "cmdline").read_bytes().split(b"\0")
+            if argv[0].endswith(os.fsencode(program)) and wanted in argv:
+                ref = ref_of(int(entry.name))
+                if ref is not None:
+                    found.append(ref)
+    return found

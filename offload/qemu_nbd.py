@@ -84,18 +84,7 @@ def find(socket_path: Path) -> list[procs.ProcessRef]:
     Looks at command lines, not at the pid file, so that a server whose start was cut off by
     `kill -9` before it wrote one is found too.
     """
-    wanted = os.fsencode(f"--socket={socket_path}")
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            argv = (entry / "cmdline").read_bytes().split(b"\0")
-            if argv[0].endswith(b"qemu-nbd") and wanted in argv:
-                ref = procs.ref_of(int(entry.name))
-                if ref is not None:
-                    found.append(ref)
-    return found
+    return procs.find_running("qemu-nbd", f"--socket={socket_path}")
 
 
 def uri(socket_path: Path, export_name: str = "") -> str:

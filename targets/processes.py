@@ -26,18 +26,7 @@ def find_servers(run_dir: Path) -> list[procs.ProcessRef]:
     Looks at command lines, not at the pid file: a server whose start was cut off by `kill -9` is
     found too, and a client that merely names our socket is not.
     """
-    wanted = os.fsencode(run_dir / PID_FILE)
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            argv = (entry / "cmdline").read_bytes().split(b"\0")
-            if argv[0].endswith(b"nbdkit") and wanted in argv:
-                ref = procs.ref_of(int(entry.name))
-                if ref is not None:
-                    found.append(ref)
-    return found
+    return procs.find_running("nbdkit", str(run_dir / PID_FILE))
 
 
 def end_servers(run_dir: Path, known: procs.ProcessRef | None) -> None:

@@ -22,7 +22,7 @@ from offload.snapshots.volume_file import (
     look_at,
     open_volume,
     record_snapshot,
-    settle_file,
+    settle_files,
 )
 
 _SUFFIX = ".copy"
@@ -118,14 +118,7 @@ class CopyProvider:
 
     def settle(self, snapshots: Sequence[Snapshot]) -> None:
         """Set the copies read-only and make them durable."""
-        paths = [naming.own_path(s.ref, self._instance, _SUFFIX) for s in snapshots]
-        for path in paths:
-            settle_file(path)
-        for folder in {path.parent for path in paths}:
-            try:
-                fsync_folder(folder)
-            except OSError as error:
-                raise naming.pool_error(error, folder, "flush") from error
+        settle_files([naming.own_path(s.ref, self._instance, _SUFFIX) for s in snapshots])
 
     def delete(self, ref: dict[str, str]) -> None:
         """Delete one copy, whole or half made. Idempotent.

@@ -33,7 +33,7 @@ from offload.snapshots.volume_file import (
     open_snapshot,
     open_volume,
     record_snapshot,
-    settle_file,
+    settle_files,
 )
 
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
@@ -140,14 +140,7 @@ class ReflinkProvider:
 
     def settle(self, snapshots: Sequence[Snapshot]) -> None:
         """Set the clones read-only and make them durable."""
-        paths = [naming.own_path(s.ref, self._instance, _SUFFIX) for s in snapshots]
-        for path in paths:
-            settle_file(path)
-        for folder in {path.parent for path in paths}:
-            try:
-                fsync_folder(folder)
-            except OSError as error:
-                raise naming.pool_error(error, folder, "flush") from error
+        settle_files([naming.own_path(s.ref, self._instance, _SUFFIX) for s in snapshots])
 
     def delete(self, ref: dict[str, str]) -> None:
         """Delete one clone, and what a broken snapshot left beside it. Idempotent.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from offload import fiemap
 from offload.blockdev import image_sector_size
 from offload.errors import NotFoundError, UnavailableError
-from offload.filesystem import file_identity
+from offload.filesystem import file_identity, fsync_folder
 from offload.model import Snapshot, Volume
 from offload.snapshots.naming import pool_error
 
@@ -128,11 +128,20 @@ def open_snapshot(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def settle_file(path: Path) -> None:
-    """Make a snapshot's file read-only and durable. Raises UnavailableError, NotFoundError."""
-    with open_snapshot(path) as fd:
+def settle_files(paths: Sequence[Path]) -> None:
+    """Make snapshot files read-only and durable, their folders too.
+
+    Raises UnavailableError, NotFoundError.
+    """
+    for path in paths:
+        with open_snapshot(path) as fd:
+            try:
+                os.fchmod(fd, 0o400)
+                os.fsync(fd)
+            except OSError as error:
+                raise pool_error(error, path, "write") from error
+    for folder in {path.parent for path in paths}:
         try:
-            os.fchmod(fd, 0o400)
-            os.fsync(fd)
+            fsync_folder(folder)
         except OSError as error:
-            raise pool_error(error, path, "write") from error
+            raise pool_error(error, folder, "flush") from error
