@@ -27,12 +27,12 @@ def test_run_program_gives_streams_and_status() -> None:
 
 
 def test_run_failing_program_is_an_error_with_its_last_words() -> None:
-    code = "import sys; print('first\\nthe cause', file=sys.stderr); sys.exit(3)"
-    with pytest.raises(ProgramError, match=r"ended with status 3 .*: the cause$") as caught:
+    code = "import sys; print('noise\\nthe cause\\na hint', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(ProgramError, match=r"ended with status 3 .*: the cause; a hint$") as caught:
         run(_python(code))
     assert caught.value.status == 3
     assert caught.value.argv[0] == sys.executable
-    assert caught.value.stderr == "first\nthe cause"
+    assert caught.value.stderr == "noise\nthe cause\na hint"
 
 
 def test_run_late_program_is_killed_even_if_it_ignores_sigterm(tmp_path: Path) -> None:
