@@ -39,6 +39,7 @@ from typing import Any
 
 from offload import procs
 from offload.errors import CleanupError, IntegrityError, OffloadError, UnavailableError
+from offload.filesystem import fsync_folder
 from offload.ids import new_id
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class Journal:
             }
             _append(fd, header)
             fresh.rename(path)
-            _fsync_folder(self.folder)
+            fsync_folder(self.folder)
         except BaseException:
             fresh.unlink(missing_ok=True)
             os.close(fd)
@@ -285,15 +286,7 @@ def _unwritable(path: Path, error: OSError) -> UnavailableError:
 def _remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-        _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fsync_folder(path.parent)
 
 
 @contextmanager

@@ -102,7 +102,6 @@ class _Parent:
 
     backup: str
     tree: TreeReader | None
-    snapshot: Snapshot | None
     changed: Ranges | None
     reason: str
 
@@ -366,11 +365,11 @@ class _Run:
         older = self._parent_snapshot(link.timemark if link else None, entry)
         if older is None or entry.snapshot is None:
             reason = "the parent's TimeMark is gone from the storage: all data was read"
-            return _Parent(backup=known.id, tree=tree, snapshot=None, changed=None, reason=reason)
+            return _Parent(backup=known.id, tree=tree, changed=None, reason=reason)
         provider = compose.snapshot_provider(entry.snapshot.provider, self.ctx.instance.id)
         changed = provider.changed(older, entry.snapshot)
         reason = "" if changed is not None else "the storage cannot say what changed"
-        return _Parent(backup=known.id, tree=tree, snapshot=older, changed=changed, reason=reason)
+        return _Parent(backup=known.id, tree=tree, changed=changed, reason=reason)
 
     def _last_backup(self, volume: str) -> Backup | None:
         """The newest backup in this store that has the volume, from the catalog."""
@@ -425,7 +424,7 @@ class _Run:
 
 
 def _no_parent(reason: str) -> _Parent:
-    return _Parent(backup="", tree=None, snapshot=None, changed=None, reason=reason)
+    return _Parent(backup="", tree=None, changed=None, reason=reason)
 
 
 def _group_config(ctx: Context, group: str) -> dict[str, object]:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from offload import compose
+from offload.blockdev import device_size
 from offload.catalog.store import Catalog
 from offload.engine.work import run_workers
 from offload.errors import BusyError, NotFoundError, PolicyError, UnavailableError, UsageError
+from offload.filesystem import fsync_folder
 from offload.holds import hold_timemark
 from offload.ids import new_id
 from offload.image import Image
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 _UNIT = 4 << 20  # bytes read and written at once
 _BLKZEROOUT = 0x127F  # linux/fs.h: _IO(0x12, 127), two u64: start, length
-_BLKGETSIZE64 = 0x80081272  # linux/fs.h: _IOR(0x12, 114, size_t)
 _PART = ".offload-part"
 
 
@@ -254,11 +255,7 @@ class _FileSink:
         try:
             os.fsync(self._fd)
             self.temp.rename(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            fsync_folder(self.path.parent)
         except OSError as error:
             raise _write_error(str(self.path), error) from error
 
@@ -301,8 +298,7 @@ class _DeviceSink:
                 code="device-in-use",
                 hint=f"see: lsblk {self.path}; unmount it first",
             )
-        raw = fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8))
-        have = int(struct.unpack("Q", raw)[0])
+        have = device_size(self._fd)
         if have < size:
             raise PolicyError(
                 f"{self.path} has {have} bytes, the image needs {size}",

@@ -26,6 +26,7 @@ from offload.errors import (
     OffloadError,
     UnavailableError,
 )
+from offload.filesystem import fsync_folder
 from offload.ids import new_id
 from offload.store import Buffer
 
@@ -66,7 +67,7 @@ class DiskStore:
             _ensure_folder(path.parent, self.root)
             written = self._write(temp, parts)
             _publish(temp, path)
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
         except OSError as error:
             raise self._explain(error, name) from error
         finally:
@@ -150,7 +151,7 @@ class DiskStore:
             self._open.pop(name, None)
         try:
             path.unlink()
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -239,7 +240,7 @@ def _ensure_folder(folder: Path, root: Path) -> None:
         return
     _ensure_folder(folder.parent, root)
     folder.mkdir(exist_ok=True)
-    _fsync_folder(folder.parent)
+    fsync_folder(folder.parent)
 
 
 def _writev_all(fd: int, parts: list[Buffer]) -> int:
@@ -282,11 +283,3 @@ def _flock(fd: int, *, exclusive: bool, wait_s: float, url: str) -> None:
                     hint="try again when they have ended; see: offload views",
                 ) from None
             time.sleep(0.05)
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -62,7 +62,7 @@ def test_put_makes_every_new_folder_durable(
     store: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(disk, "_fsync_folder", synced.append)
+    monkeypatch.setattr(disk, "fsync_folder", synced.append)
     store.put("packs/ab/x", [b"data"])
     root = store.root
     assert {root, root / "packs", root / "packs" / "ab"} <= set(synced)
