@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, exc
 
 from offload.errors import BusyError, IntegrityError, OffloadError, UnavailableError
+from offload.filelock import alone
 
 HEAD = "0001"  # the newest migration; a test compares it with the scripts
 
@@ -82,7 +82,7 @@ def _version(engine: Engine) -> str | None:
 
 def _migrate(engine: Engine, path: Path) -> None:
     """Run the missing migrations in one transaction, alone."""
-    with _alone(path):
+    with alone(path.with_name(f"{path.name}.lock")):
         found = _version(engine)
         if found == HEAD:  # another process was faster
             return
@@ -110,16 +110,6 @@ def _migrate(engine: Engine, path: Path) -> None:
         with writing(engine).begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, HEAD)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager

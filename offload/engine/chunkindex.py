@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import UnavailableError
+from offload.filelock import alone
 from offload.format.pack import Entry
 
 _SCHEMA = """
@@ -51,7 +52,10 @@ class ChunkIndex:
         self._mutex = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = self._open()
+            # Alone, because the change to WAL ignores the busy timeout, and because a damaged cache
+            # must not be taken away from under a process that has just made it again.
+            with alone(path.with_name(f"{path.name}.lock")):
+                self._db = self._open()
         except (OSError, sqlite3.Error) as error:
             raise UnavailableError(
                 f"cannot use the local chunk index {path}: {error}",

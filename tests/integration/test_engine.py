@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from offload.engine.chunkindex import ChunkIndex
 from offload.engine.packwriter import PackWriter
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
@@ -443,6 +444,21 @@ def test_cache_shared_by_two_openers_finds_what_either_writes(tmp_path: Path) ->
     assert read(one, more, 30 * CHUNK) == read(two, more, 30 * CHUNK)
     one.close()
     two.close()
+
+
+def test_cache_opened_by_many_at_once_waits_for_the_one_that_makes_it(tmp_path: Path) -> None:
+    """The change of a fresh database to WAL fails at once, without waiting, while another reads."""
+
+    def opener(path: Path) -> bool:
+        index = ChunkIndex(path)
+        index.refresh(lambda: ["one"], lambda _: {})
+        index.close()
+        return True
+
+    for number in range(40):
+        path = tmp_path / f"{number}.db"
+        with ThreadPoolExecutor(8) as crew:
+            assert all(crew.map(opener, [path] * 16))
 
 
 def test_cache_refreshed_by_two_at_once_holds_every_index_object(tmp_path: Path) -> None:
