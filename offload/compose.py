@@ -39,9 +39,9 @@ def snapshot_provider(name: str, instance_id: str) -> SnapshotProvider:
     return made
 
 
-def target(name: str) -> Target:
+def target(name: str, instance: Instance) -> Target:
     """The target of this name; ConfigError (`unknown-target`) if there is none."""
-    made: Target = _load("offload.targets", "target", TARGETS, name)()
+    made: Target = _load("offload.targets", "target", TARGETS, name)(instance)
     return made
 
 

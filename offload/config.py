@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import stat
@@ -21,8 +22,9 @@ from pydantic import (
 )
 
 from offload.errors import ConfigError, NotFoundError
+from offload.iqn import check_iqn
 from offload.model import Consistency, Volume
-from offload.quantity import Watermark, parse_duration
+from offload.quantity import Watermark, parse_duration, parse_size
 
 SYSTEM_CONFIG = Path("/etc/offload/offload.toml")
 _SECRET_KEYS = ("passphrase", "password", "secret")
@@ -43,6 +45,18 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _absolute_path(value: Path | None) -> Path | None:
+    if value is not None and not value.is_absolute():
+        raise ValueError("must be an absolute path")
+    return value
+
+
+def _check_networks(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        ipaddress.ip_network(text)  # its ValueError says what is wrong
+    return value
+
+
 class VolumeConfig(_Model):
     """`[volumes.NAME]`."""
 
@@ -55,9 +69,7 @@ class VolumeConfig(_Model):
     @field_validator("path", "snapshot_dir", "qmp_socket")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_absolute():
-            raise ValueError("must be an absolute path")
-        return value
+        return _absolute_path(value)
 
 
 class LocalQuiesce(_Model):
@@ -134,6 +146,104 @@ class StoreConfig(_Model):
         return value
 
 
+class NbdConfig(_Model):
+    """`[nbd]`: views over NBD on TCP. Unix sockets need none of it."""
+
+    address: str = "127.0.0.1"
+    tls: Literal["off", "certificates", "psk"] = "off"  # off: loopback only
+    certificates: Path | None = None  # folder: ca-cert.pem, server-cert.pem, server-key.pem
+    verify_clients: bool = True  # with certificates: clients need one of that authority
+    psk: Path | None = None  # pre-shared keys, a line `user:hex` each, 0600
+    allow: tuple[str, ...] = ()  # addresses and networks that are served; none: any
+
+    @field_validator("certificates", "psk")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return _absolute_path(value)
+
+    @field_validator("allow")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _check_networks(value)
+
+    @model_validator(mode="after")
+    def _complete(self) -> NbdConfig:
+        if self.tls == "certificates" and self.certificates is None:
+            raise ValueError("tls = 'certificates' needs certificates, a folder")
+        if self.tls == "psk" and self.psk is None:
+            raise ValueError("tls = 'psk' needs psk, a file")
+        return self
+
+
+class ChapConfig(_Model):
+    """`[iscsi.chap]`: CHAP, and mutual CHAP where there is a mutual user. Secrets are files of one
+    line that only their owner may read."""
+
+    user: str = Field(min_length=1, max_length=255)
+    secret_file: Path
+    mutual_user: str | None = Field(default=None, min_length=1, max_length=255)
+    mutual_secret_file: Path | None = None
+
+    @field_validator("secret_file", "mutual_secret_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return _absolute_path(value)
+
+    @model_validator(mode="after")
+    def _both(self) -> ChapConfig:
+        if (self.mutual_user is None) != (self.mutual_secret_file is None):
+            raise ValueError("mutual CHAP needs mutual_user and mutual_secret_file")
+        return self
+
+
+class IscsiConfig(_Model):
+    """`[iscsi]`: views over iSCSI, by LIO or tgt."""
+
+    address: str = "127.0.0.1"
+    port: int = Field(default=3260, ge=1, le=65535)
+    networks: tuple[str, ...] = ()  # storage networks: portals outside loopback must lie in one
+    iqn_prefix: str = "iqn.2026-11.internal.offload"
+    initiators: tuple[str, ...] = ()  # IQNs that may log in; needed outside loopback
+    chap: ChapConfig | None = None  # needed outside loopback
+
+    @field_validator("networks")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _check_networks(value)
+
+    @field_validator("iqn_prefix", "initiators")
+    @classmethod
+    def _names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            check_iqn(name)
+        return value
+
+
+class OverlayConfig(_Model):
+    """`[overlays]`: what is written to writable views."""
+
+    folder: Path | None = None  # default: `overlays` in the state folder
+    limit: str = "20GiB"  # of one view, unless `mount --overlay-limit` says otherwise
+    alarm: str = "80%"  # of the limit: from here on `status` and `watch` warn
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return _absolute_path(value)
+
+    @field_validator("limit")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @field_validator("alarm")
+    @classmethod
+    def _share(cls, value: str) -> str:
+        Watermark.parse(value)
+        return value
+
+
 class PoolConfig(_Model):
     """`[pool]`: care of production storage."""
 
@@ -156,6 +266,9 @@ class Config(_Model):
     groups: dict[str, GroupConfig] = {}
     stores: dict[str, StoreConfig] = {}
     pool: PoolConfig = PoolConfig()
+    nbd: NbdConfig = NbdConfig()
+    iscsi: IscsiConfig = IscsiConfig()
+    overlays: OverlayConfig = OverlayConfig()
 
     @model_validator(mode="after")
     def _names(self) -> Config:
@@ -291,7 +404,7 @@ def _suggest(key: str) -> str:
     import difflib
 
     models = (Config, VolumeConfig, GroupConfig, LocalQuiesce, QmpQuiesce, StoreConfig, KeepConfig,
-              PoolConfig)  # fmt: skip
+              PoolConfig, NbdConfig, IscsiConfig, ChapConfig, OverlayConfig)  # fmt: skip
     known = {name for model in models for name in model.model_fields}
     near = difflib.get_close_matches(key, known, n=1)
     return f", did you mean '{near[0]}'?" if near else ""

@@ -40,6 +40,16 @@ class Instance:
         return self.state_dir / "cache"
 
     @property
+    def overlays_dir(self) -> Path:
+        """What was written to writable views: it outlives servers and reboots."""
+        return self.config.overlays.folder or self.state_dir / "overlays"
+
+    @property
+    def servers_dir(self) -> Path:
+        """Servers that several views share, in the runtime folder."""
+        return self.runtime_dir / "servers"
+
+    @property
     def views_dir(self) -> Path:
         """One folder a view, in the runtime folder: sockets and pid files."""
         return self.runtime_dir / "views"

@@ -15,6 +15,7 @@ from typing import NewType
 TimeMarkId = NewType("TimeMarkId", str)
 ViewId = NewType("ViewId", str)
 BackupId = NewType("BackupId", str)
+ConnectionId = NewType("ConnectionId", str)
 
 
 class ExtentKind(StrEnum):
@@ -175,11 +176,24 @@ class ViewState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Exposure:
+    """Where a view is presented, and to whom. What is empty is filled in from the configuration
+    when the view is mounted; the catalog keeps what came of it, never a secret."""
+
+    transport: str = ""  # unix | tcp
+    address: str = ""  # tcp: the address of the portal
+    port: int | None = None  # tcp; None: the target's choice
+    initiators: tuple[str, ...] = ()  # iSCSI: the IQNs that may log in
+    allow: tuple[str, ...] = ()  # NBD over TCP: addresses and networks whose clients are served
+    tls: str = ""  # NBD over TCP: off | certificates | psk
+    insecure_network: bool = False  # iSCSI outside loopback without a named storage network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """A TimeView: an image that a target presents to clients.
 
-    `server` is the target's own record of the process that serves it (pid, start time, files),
-    strings only.
+    `server` is the target's own record of what serves it (pid, start time, files), strings only.
     """
 
     id: ViewId
@@ -194,6 +208,32 @@ class View:
     source: Source
     state: ViewState = ViewState.MOUNTED
     server: Mapping[str, str] = field(default_factory=dict)
+    exposure: Exposure = field(default_factory=Exposure)
+    overlay_limit_bytes: int = 0  # how large what is written may grow; 0 where it is read-only
+
+
+class ConnectionKind(StrEnum):
+    """How a connected view became a local block device."""
+
+    NBD = "nbd"  # the kernel's NBD client
+    ISCSI = "iscsi"  # open-iscsi
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """A view that is attached as a block device of this machine."""
+
+    id: ConnectionId
+    name: str  # the device is also /dev/offload/NAME
+    view: str  # id of the view, "" where it is another instance's
+    uri: str
+    kind: ConnectionKind
+    read_only: bool
+    size_bytes: int
+    sector_size: int
+    created_at: datetime
+    device: str = ""  # e.g. /dev/nbd3; another one after a reboot
+    record: Mapping[str, str] = field(default_factory=dict)  # the driver's own, strings only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

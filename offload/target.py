@@ -7,21 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from offload.model import Source
+from offload.model import Exposure, Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlay:
+    """Where what is written to a view is kept: a qcow2 file that exists before the export and
+    outlives the server. It never grows past `limit_bytes` (of the file)."""
+
+    path: Path
+    limit_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """What to present, and how. `run_dir` is this view's own folder in the runtime folder."""
+    """What to present, and how. `run_dir` is this view's own folder in the runtime folder.
+
+    `exposure` is what `check` made of the one that was asked for. Without an overlay the view is
+    read-only.
+    """
 
     view_id: str
     name: str
     source: Source
     run_dir: Path
-    writable: bool = False
-    transport: str = "unix"  # unix | tcp
-    address: str = "127.0.0.1"
-    port: int | None = None  # tcp only; None: any free one
+    exposure: Exposure
+    overlay: Overlay | None = None
+
+    @property
+    def writable(self) -> bool:
+        """Whether clients may write."""
+        return self.overlay is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,25 +50,31 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """One connected client."""
+    """One connected client: an NBD connection or an iSCSI session."""
 
     address: str
+    name: str = ""  # iSCSI: the initiator's IQN
     pid: int | None = None
 
 
 class Target(Protocol):
     """Presents images as block devices.
 
+    A target is constructed with the instance that it works for: its configuration, its folders,
+    its id, which is part of every name that it makes outside of them.
     Read-only is enforced by the server. `withdraw` is idempotent and needs only `server` and
-    `run_dir`, so that it works after `kill -9` and after a reboot.
+    `run_dir` (whose last part is the view's id), so that it works after `kill -9` and after a
+    reboot. Where several views share a server, it ends with the last of them.
     """
 
     name: str
 
-    def check(self, *, transport: str, address: str, port: int | None) -> None:
-        """Refuse what `export` would refuse whatever the image: before a TimeMark is taken for it.
+    def check(self, exposure: Exposure) -> Exposure:
+        """Fill in from the configuration what was left open, and refuse what `export` would refuse
+        whatever the image: before a TimeMark is taken for it.
 
-        Raises UsageError, UnavailableError (`program-missing`, `port-taken`). Changes nothing.
+        Raises UsageError, ConfigError, UnavailableError (`program-missing`, `port-taken`).
+        Changes nothing.
         """
         ...
 
@@ -68,7 +90,7 @@ class Target(Protocol):
         ...
 
     def alive(self, run_dir: Path, server: Mapping[str, str]) -> bool:
-        """Whether the server of this record still runs."""
+        """Whether what serves this record still does."""
         ...
 
     def clients(self, run_dir: Path, server: Mapping[str, str]) -> list[Client]:

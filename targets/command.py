@@ -48,7 +48,7 @@ def build(program: str, request: ExportRequest, port: int | None) -> Command:
     if port is None:
         argv += ["--unix", str(folder / SOCKET)]
     else:
-        argv += ["--ipaddr", request.address, "--port", str(port)]
+        argv += ["--ipaddr", request.exposure.address, "--port", str(port)]
     plugin = _plugin(request)
     # The first filter is the nearest to the client; cow opens what is behind it read-only.
     filters = ("--filter=cow",) if request.writable else ("--readonly",)

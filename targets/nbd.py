@@ -23,6 +23,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from offload import errors, procs, qemu_nbd, run
@@ -35,7 +36,8 @@ from offload.errors import (
     UnavailableError,
     UsageError,
 )
-from offload.model import BackupSource, Qcow2Source, RawSource
+from offload.instance import Instance
+from offload.model import BackupSource, Exposure, Qcow2Source, RawSource
 from offload.target import Client, Endpoint, ExportRequest
 from targets import command, handshake, loopback, processes
 
@@ -49,12 +51,17 @@ class NbdTarget:
 
     name = "nbd"
 
-    def check(self, *, transport: str, address: str, port: int | None) -> None:
+    def __init__(self, instance: Instance) -> None:
+        self._config = instance.config.nbd
+
+    def check(self, exposure: Exposure) -> Exposure:
         """Refuse what cannot be served; see `offload.target`.
 
         Raises UsageError (`bad-transport`, `not-loopback`, `bad-port`), UnavailableError
         (`program-missing`, `port-taken`).
         """
+        transport, port = exposure.transport or "unix", exposure.port
+        address = (exposure.address or self._config.address) if transport == "tcp" else ""
         if transport not in {"unix", "tcp"}:
             raise UsageError(
                 f"the target nbd has no transport '{transport}'",
@@ -68,6 +75,7 @@ class NbdTarget:
             raise UsageError(
                 "a port goes with the transport tcp only", code="bad-port", hint="leave it out"
             )
+        return replace(exposure, transport=transport, address=address)
 
     def export(self, request: ExportRequest) -> Endpoint:
         """Present the image; see `offload.target`.
@@ -76,7 +84,7 @@ class NbdTarget:
         (`server-failed`), IntegrityError (`size-mismatch`), and whatever opening the image raises
         in the server.
         """
-        self.check(transport=request.transport, address=request.address, port=request.port)
+        request = replace(request, exposure=self.check(request.exposure))
         source = request.source
         if isinstance(source, RawSource | Qcow2Source) and not source.path.exists():
             raise NotFoundError(f"there is no {source.path}", code="source-missing")
@@ -122,12 +130,12 @@ def _serve(program: str, request: ExportRequest) -> Endpoint:
     backend: dict[str, str] = {}
     if isinstance(request.source, Qcow2Source):
         backend = _start_backend(request.source, request.run_dir)
-    if request.transport == "unix":
+    if request.exposure.transport == "unix":
         record = _start(program, request, None)
         uri = command.unix_uri(request.run_dir / command.SOCKET)
         return Endpoint(uri=uri, server={**record, **backend})
     record = _start_on_port(program, request)
-    uri = command.tcp_uri(request.address, int(record["port"]))
+    uri = command.tcp_uri(request.exposure.address, int(record["port"]))
     return Endpoint(uri=uri, server={**record, **backend})
 
 
@@ -142,24 +150,27 @@ def _start_backend(source: Qcow2Source, folder: Path) -> dict[str, str]:
 
 
 def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
-    tries = _PORT_TRIES if request.port is None else 1
+    address, wanted = request.exposure.address, request.exposure.port
+    tries = _PORT_TRIES if wanted is None else 1
     while True:
         tries -= 1
-        port = request.port or loopback.bind(request.address, 0)
+        port = wanted or loopback.bind(address, 0)
         try:
             record = _start(program, request, port)
         except UnavailableError as error:
             if error.code == "port-taken" and tries:
                 continue  # somebody was faster between our look and the server's bind
             raise
-        return {**record, "address": request.address, "port": str(port)}
+        return {**record, "address": address, "port": str(port)}
 
 
 def _start(program: str, request: ExportRequest, port: int | None) -> dict[str, str]:
     """Start one server and wait until it serves what was asked; on an error it is ended."""
     built = command.build(program, request, port)
     address: handshake.Address
-    address = str(request.run_dir / command.SOCKET) if port is None else (request.address, port)
+    address = (
+        str(request.run_dir / command.SOCKET) if port is None else (request.exposure.address, port)
+    )
     log_path = request.run_dir / command.LOG
     fd = os.open(
         log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
@@ -232,7 +243,7 @@ def _explain(request: ExportRequest) -> OffloadError:
         if line.startswith("offload-error "):
             return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
     if _TAKEN_SIGN in words:
-        return loopback.port_taken(request.address, request.port)
+        return loopback.port_taken(request.exposure.address, request.exposure.port)
     if "nbdkit-python-plugin.so" in words and isinstance(request.source, BackupSource):
         return UnavailableError(
             "nbdkit has no Python plugin here",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 from offload.model import (
     Backup,
     BackupId,
+    Connection,
+    ConnectionId,
+    ConnectionKind,
     Consistency,
+    Exposure,
     ImageRecord,
     Instant,
     QuiesceReport,
@@ -99,6 +104,8 @@ def view_row(view: View) -> Row:
         "source": source_to_dict(view.source),
         "state": view.state.value,
         "server": dict(view.server),
+        "exposure": asdict(view.exposure),
+        "overlay_limit_bytes": view.overlay_limit_bytes,
     }
 
 
@@ -108,8 +115,29 @@ def view_of(row: Row) -> View:
         "id": ViewId(row["id"]),
         "source": source_from_dict(row["source"]),
         "state": ViewState(row["state"]),
+        "exposure": _exposure(row["exposure"]),
     }
     return View(**{**row, **typed})
+
+
+def _exposure(fields: Row) -> Exposure:
+    lists = {name: tuple(fields[name]) for name in ("initiators", "allow")}
+    return Exposure(**{**fields, **lists})
+
+
+def connection_row(connection: Connection) -> Row:
+    """A connection as a row."""
+    return {
+        **{f.name: getattr(connection, f.name) for f in dataclasses.fields(connection)},
+        "kind": connection.kind.value,
+        "record": dict(connection.record),
+    }
+
+
+def connection_of(row: Row) -> Connection:
+    """The inverse of `connection_row`."""
+    typed = {"id": ConnectionId(row["id"]), "kind": ConnectionKind(row["kind"])}
+    return Connection(**{**row, **typed})
 
 
 def backup_row(backup: Backup) -> Row:

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from sqlalchemy import Connection as Database
 from sqlalchemy import (
-    Connection,
     Engine,
     Select,
     Table,
@@ -30,7 +30,7 @@ from offload.catalog.rows import ParentLink, Row, Verification
 from offload.catalog.schema import corrupt, open_engine, translated, writing
 from offload.errors import BusyError, NotFoundError, OffloadError
 from offload.ids import match_prefix
-from offload.model import Backup, TimeMark, View
+from offload.model import Backup, Connection, TimeMark, View
 
 __all__ = ["Catalog", "ParentLink", "Verification"]
 
@@ -123,6 +123,36 @@ class Catalog:
         """All, the newest last."""
         table = tables.views
         return self._all(select(table).order_by(table.c.created_at, table.c.id), rows.view_of)
+
+    # connections
+
+    def add_connection(self, connection: Connection) -> None:
+        """Record a connection. BusyError (`connection-exists`) if its name or id is taken."""
+        with self._write() as db, _taken("connection", connection.name):
+            db.execute(insert(tables.connections), rows.connection_row(connection))
+
+    def update_connection(self, connection: Connection) -> None:
+        """Replace the record of a connection; NotFoundError (`unknown-connection`)."""
+        table = tables.connections
+        with self._write() as db, _taken("connection", connection.name):
+            done = db.execute(
+                update(table).where(table.c.id == connection.id), rows.connection_row(connection)
+            )
+            if not done.rowcount:
+                raise NotFoundError(
+                    f"no connection '{connection.id}'",
+                    code="unknown-connection",
+                    hint="see: offload connections",
+                )
+
+    def delete_connection(self, connection_id: str) -> None:
+        """Forget a connection."""
+        self._delete(tables.connections, connection_id)
+
+    def connections(self) -> list[Connection]:
+        """All, the oldest first."""
+        table = tables.connections
+        return self._all(select(table).order_by(table.c.created_at, table.c.id), rows.connection_of)
 
     def views_of_group(self, group: str) -> list[View]:
         """The views that mounting the group by its name made; the newest last.
@@ -249,7 +279,7 @@ class Catalog:
         return next(iter(self._all(query, _verification)), None)
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def _write(self) -> Iterator[Database]:
         with translated(self.path), self._writing.begin() as db:
             yield db
 
@@ -281,7 +311,7 @@ class Catalog:
             db.execute(delete(table).where(table.c.id == wanted))
 
 
-def _upsert_backup(db: Connection, backup: Backup) -> None:
+def _upsert_backup(db: Database, backup: Backup) -> None:
     """Never delete and insert: that would take parent links and verifications along."""
     table = tables.backups
     row = rows.backup_row(backup)

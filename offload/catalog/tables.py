@@ -84,6 +84,24 @@ views = Table(
     Column("source", JSON, nullable=False),
     Column("state", Text, nullable=False),
     Column("server", JSON, nullable=False),
+    Column("exposure", JSON, nullable=False),
+    Column("overlay_limit_bytes", BigInteger, nullable=False),
+)
+
+connections = Table(
+    "connections",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("view", Text, nullable=False),
+    Column("uri", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("read_only", Boolean, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sector_size", Integer, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("record", JSON, nullable=False),
 )
 
 backups = Table(

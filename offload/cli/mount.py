@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offload.cli import complete
+from offload.cli import complete, quantities
 from offload.cli.app import Command, settings_of
 from offload.cli.bars import progress
 from offload.cli.output import emit, show_time, table
@@ -14,7 +14,7 @@ from offload.cli.session import changing_context, reading_context
 from offload.quantity import show_size
 
 if TYPE_CHECKING:
-    from offload.model import View
+    from offload.model import Exposure, View
     from offload.services.mount import ViewStatus
 
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         "offload mount timemark:k3f9/shop-db --name inspect",
         "offload mount backup:b7k2/shop-db --writable",
         "offload mount backup:b7k2/shop-db --tcp --port 10809",
+        "offload mount shop --target lio --initiator iqn.1998-01.com.example:esx1",
     ],
 )
 @click.argument(
@@ -33,22 +34,37 @@ if TYPE_CHECKING:
 @click.option("--name", help="The view's name; for one volume only.")
 @click.option("--target", default="nbd", show_default=True, help="What serves it.")
 @click.option(
-    "--writable", is_flag=True, help="On a throw-away overlay, which is lost with the server."
+    "--writable", is_flag=True, help="What is written is kept in an overlay until unmount."
 )
-@click.option("--tcp", is_flag=True, help="On a TCP port instead of a unix socket.")
-@click.option("--address", help="With --tcp: the address to listen on; default: 127.0.0.1.")
-@click.option("--port", type=click.IntRange(1, 65535), help="With --tcp: the port; default: free.")
+@click.option(
+    "--overlay-limit",
+    callback=quantities.size,
+    metavar="SIZE",
+    help="How large it may grow; e.g. 20GiB.",
+)
+@click.option("--tcp", is_flag=True, help="NBD: on a TCP port instead of a unix socket.")
+@click.option("--address", help="The address to listen on; default: as configured, 127.0.0.1.")
+@click.option("--port", type=click.IntRange(1, 65535), help="The port; default: NBD free, 3260.")
+@click.option("--tls", type=click.Choice(["off", "certificates", "psk"]), help="NBD over TCP.")
+@click.option("--allow", multiple=True, help="NBD over TCP: an address or network to serve.")
+@click.option("--initiator", multiple=True, help="iSCSI: an IQN that may log in.")
+@click.option(
+    "--insecure-network",
+    is_flag=True,
+    help="iSCSI outside loopback on a network that is not named as a storage network.",
+)
 @click.pass_context
 def mount(
     ctx: click.Context,
+    /,
     origins: tuple[str, ...],
     *,
     name: str | None,
     target: str,
     writable: bool,
+    overlay_limit: int | None,
     tcp: bool,
-    address: str | None,
-    port: int | None,
+    **exposure: Any,
 ) -> None:
     """Present points in time as block devices (TimeViews).
 
@@ -57,16 +73,16 @@ def mount(
     """
     from offload.services import mount as service
 
-    if not tcp and (address is not None or port is not None):
-        raise click.UsageError("--address and --port need --tcp")
+    asked = _exposure(target, tcp=tcp, **exposure)
+    if overlay_limit is not None and not writable:
+        raise click.UsageError("--overlay-limit needs --writable")
     settings = settings_of(ctx)
     options = service.MountOptions(
         name=name,
         target=target,
         writable=writable,
-        transport="tcp" if tcp else "unix",
-        address=address or "127.0.0.1",
-        port=port,
+        overlay_limit_bytes=overlay_limit,
+        exposure=asked,
     )
     with changing_context(settings) as context, progress(settings) as shown:
         made = service.mount(context, origins, options, shown)
@@ -75,6 +91,42 @@ def mount(
         settings,
         [view_fields(view) for view in made],
         lambda: table(["name", "size", "origin", "uri"], rows, ""),
+    )
+
+
+def _exposure(
+    target: str,
+    *,
+    tcp: bool,
+    address: str | None,
+    port: int | None,
+    tls: str | None,
+    allow: tuple[str, ...],
+    initiator: tuple[str, ...],
+    insecure_network: bool,
+) -> Exposure:
+    """What was asked for; an option that would do nothing is refused."""
+    from offload.model import Exposure
+
+    over_tcp = {"--address": address, "--port": port, "--tls": tls, "--allow": allow}
+    iscsi = {"--initiator": initiator, "--insecure-network": insecure_network}
+    if target == "nbd":
+        for option, value in iscsi.items():
+            if value:
+                raise click.UsageError(f"{option} is for iSCSI: --target lio or tgt")
+        for option, value in over_tcp.items():
+            if value and not tcp:
+                raise click.UsageError(f"{option} needs --tcp")
+    elif tcp:
+        raise click.UsageError("--tcp is for NBD; iSCSI is always over TCP")
+    return Exposure(
+        transport="tcp" if tcp else "",
+        address=address or "",
+        port=port,
+        initiators=initiator,
+        allow=allow,
+        tls=tls or "",
+        insecure_network=insecure_network,
     )
 
 

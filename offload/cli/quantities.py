@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import click
 
-from offload.quantity import parse_duration, parse_percent
+from offload.quantity import parse_duration, parse_percent, parse_size
+
+_Number = TypeVar("_Number", int, float)
 
 
 def share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -19,9 +22,14 @@ def span(ctx: click.Context, param: click.Parameter, value: str | None) -> float
     return _parsed(parse_duration, ctx, param, value)
 
 
+def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """`20GiB` → bytes; a usage error says how one is written."""
+    return _parsed(parse_size, ctx, param, value)
+
+
 def _parsed(
-    parse: Callable[[str], float], ctx: click.Context, param: click.Parameter, value: str | None
-) -> float | None:
+    parse: Callable[[str], _Number], ctx: click.Context, param: click.Parameter, value: str | None
+) -> _Number | None:
     if value is None:
         return None
     try:

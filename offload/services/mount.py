@@ -7,6 +7,7 @@ then deletes the TimeMark if it was made for this mount):
 | --- | --- |
 | `mount.timemark.intended` | perhaps a fresh TimeMark |
 | `mount.timemark.done` | a fresh TimeMark |
+| `mount.overlay-N.intended`, `.done` | perhaps an empty overlay |
 | `mount.server-N.intended` | perhaps a server and its folder |
 | `mount.server-N.done` | a server that no catalog knows |
 | `mount.row-N.done`, `mount.commit.before` | complete views that nobody was told of |
@@ -21,26 +22,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from offload import compose
+from offload import compose, overlay
 from offload.catalog.store import Catalog
 from offload.errors import BusyError, OffloadError, UsageError
 from offload.holds import hold_timemark
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.journal import Operation
-from offload.model import View, ViewId, ViewState
+from offload.model import Exposure, View, ViewId, ViewState
 from offload.origin import NAME, Origin, OriginKind, parse_origin
+from offload.overlay import Usage
 from offload.progress import Progress
+from offload.quantity import parse_size
 from offload.services import points, timemark
 from offload.services.context import Context
 from offload.services.points import Point
 from offload.services.undo import dump
-from offload.target import Client, ExportRequest
+from offload.target import Client, ExportRequest, Overlay, Target
 
 _NAME_MAX = 63
 _SHORT_ID = 4  # characters of an id that a view's name shows
@@ -48,14 +51,13 @@ _SHORT_ID = 4  # characters of an id that a view's name shows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountOptions:
-    """How views are wanted. `name` and `port` only where there is exactly one."""
+    """How views are wanted. `name` only where there is exactly one."""
 
     name: str | None = None
     target: str = "nbd"
-    writable: bool = False  # on a throw-away overlay, lost with the server
-    transport: str = "unix"
-    address: str = "127.0.0.1"
-    port: int | None = None
+    writable: bool = False  # on an overlay, which goes with the view
+    overlay_limit_bytes: int | None = None  # None: as configured
+    exposure: Exposure = field(default_factory=Exposure)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class ViewStatus:
     view: View
     alive: bool
     clients: tuple[Client, ...] = ()
+    overlay: Usage | None = None  # None: read-only, or its overlay is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,7 @@ def mount(
     """
     options = options or MountOptions()
     wanted = [parse_origin(text) for text in origins]
-    _check(ctx, wanted, options)
+    options = _check(ctx, wanted, options)
     with ctx.journal.operation("mount", ", ".join(origins)) as op, ExitStack() as holds:
         found: list[Point] = []
         for origin in wanted:
@@ -105,9 +108,10 @@ def mount(
         for number, point in enumerate(found, 1):
             name = options.name or _free_name(point, taken)
             taken.add(name)
-            view = _planned(point, name, options)
+            view = _planned(ctx, point, name, options)
+            _make_overlay(ctx, op, number, view)
             op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
-            view = _exported(ctx, view, options.transport, options.address, options.port)
+            view = _exported(ctx, view, view.exposure)
             op.done(f"server-{number}")
             ctx.catalog.add_view(view)
             op.done(f"row-{number}")
@@ -137,6 +141,8 @@ def unmount(
         for number, made in enumerate(fresh, 1):  # undone last
             op.intend(f"timemark-{number}", "delete-unused", {"ids": dump([made])})
         for number, view in enumerate(chosen, 1):
+            if view.writable:
+                op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
             op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
         for number, view in enumerate(chosen, 1):
             _take_away(ctx, op, number, view)
@@ -149,11 +155,16 @@ def unmount(
 def views(ctx: Context) -> list[ViewStatus]:
     """What is mounted, the newest last, and whether it is served now. Changes nothing."""
     found = []
+    targets: dict[str, Target] = {}
     for view in ctx.catalog.views():
-        target, run_dir = compose.target(view.target), _run_dir(ctx, view.id)
+        run_dir = _run_dir(ctx, view.id)
+        if view.target not in targets:
+            targets[view.target] = compose.target(view.target, ctx.instance)
+        target = targets[view.target]
         alive = target.alive(run_dir, view.server)
         clients = tuple(target.clients(run_dir, view.server)) if alive else ()
-        found.append(ViewStatus(view=view, alive=alive, clients=clients))
+        used = overlay.usage(_overlay(ctx.instance, view)) if view.writable else None
+        found.append(ViewStatus(view=view, alive=alive, clients=clients, overlay=used))
     return found
 
 
@@ -171,70 +182,79 @@ def remount(ctx: Context) -> Remounted:
             served.append(_serve_again(ctx, view))
         except OffloadError as error:
             warnings.append(f"view {view.name} cannot be served again: {error.message}")
-            continue
-        if view.writable:
-            warnings.append(
-                f"view {view.name} was writable: what had been written to it is lost, "
-                "it shows its origin again"
-            )
     return Remounted(views=tuple(served), warnings=tuple(warnings))
 
 
-def undo_view(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+def undo_view(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     """Take a view away, half made or half gone. `server` is what was known when it was intended."""
-    _withdraw(catalog, args)
+    _withdraw(instance, catalog, args)
     catalog.delete_view(args["id"])
 
 
-def undo_server(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+def undo_server(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     """End the server of a view that stays in the catalog."""
-    _withdraw(catalog, args)
+    _withdraw(instance, catalog, args)
+
+
+def undo_overlay(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+    """Remove what was written to a view that is gone, or never came to be."""
+    overlay.remove(Path(args["path"]))
 
 
 # -- before anything is changed ---------------------------------------------------------------
 
 
-def _check(ctx: Context, wanted: Sequence[Origin], options: MountOptions) -> None:
-    """Refuse before production is frozen for it."""
+def _check(ctx: Context, wanted: Sequence[Origin], options: MountOptions) -> MountOptions:
+    """Refuse before production is frozen for it; what comes back is complete."""
     if not wanted:
         raise UsageError("nothing to mount", code="bad-origin", hint="name an ORIGIN")
-    compose.target(options.target).check(
-        transport=options.transport, address=options.address, port=options.port
-    )
+    exposure = compose.target(options.target, ctx.instance).check(options.exposure)
     count = sum(len(points.volumes(ctx, origin)) for origin in wanted)
-    for option, value in (("name", options.name), ("port", options.port)):
+    # a server a view, as NBD has it, needs a port of its own for each
+    port = options.exposure.port if options.target == "nbd" else None
+    for option, value in (("name", options.name), ("port", port)):
         if value is not None and count != 1:
             raise UsageError(
                 f"one {option} cannot be given to {count} views",
                 code=f"{option}-for-several",
                 hint="mount one volume: ORIGIN/VOLUME, or leave it out",
             )
-    if options.name is None:
-        return
-    if not NAME.fullmatch(options.name):
+    if options.name is not None:
+        _check_name(ctx, options.name)
+    return replace(options, exposure=exposure)
+
+
+def _check_name(ctx: Context, name: str) -> None:
+    if not NAME.fullmatch(name):
         raise UsageError(
-            f"'{options.name}' is no name for a view",
+            f"'{name}' is no name for a view",
             code="bad-name",
             hint="up to 63 lower-case letters, digits, '.', '_' and '-'; a letter or digit first",
         )
-    if any(view.name == options.name for view in ctx.catalog.views()):
+    if any(view.name == name for view in ctx.catalog.views()):
         raise BusyError(
-            f"there is a view '{options.name}' already",
+            f"there is a view '{name}' already",
             code="name-taken",
-            hint=f"choose another name, or: offload unmount {options.name}",
+            hint=f"choose another name, or: offload unmount {name}",
         )
 
 
 def _check_idle(ctx: Context, view: View) -> None:
-    clients = compose.target(view.target).clients(_run_dir(ctx, view.id), view.server)
+    target = compose.target(view.target, ctx.instance)
+    clients = target.clients(_run_dir(ctx, view.id), view.server)
     if clients:
-        who = ", ".join(c.address if c.pid is None else f"process {c.pid}" for c in clients)
+        who = ", ".join(_who(client) for client in clients)
         number = f"{len(clients)} client" + ("s" if len(clients) > 1 else "")
         raise BusyError(
             f"view {view.name} has {number} connected ({who})",
             code="view-busy",
             hint="disconnect them first, or unmount with --force",
         )
+
+
+def _who(client: Client) -> str:
+    where = client.address if client.pid is None else f"process {client.pid}"
+    return f"{client.name} at {where}" if client.name else where
 
 
 # -- what is new ------------------------------------------------------------------------------
@@ -264,8 +284,9 @@ def _free_name(point: Point, taken: set[str]) -> str:
 # -- servers and rows -------------------------------------------------------------------------
 
 
-def _planned(point: Point, name: str, options: MountOptions) -> View:
+def _planned(ctx: Context, point: Point, name: str, options: MountOptions) -> View:
     """The view before it is served: its id is journalled first."""
+    limit = options.overlay_limit_bytes or parse_size(ctx.instance.config.overlays.limit)
     return View(
         id=ViewId(new_id()),
         name=name,
@@ -277,33 +298,51 @@ def _planned(point: Point, name: str, options: MountOptions) -> View:
         sector_size=point.source.sector_size,
         created_at=datetime.now(UTC),
         source=point.source,
+        exposure=options.exposure,
+        overlay_limit_bytes=limit if options.writable else 0,
     )
 
 
-def _exported(ctx: Context, view: View, transport: str, address: str, port: int | None) -> View:
-    endpoint = compose.target(view.target).export(
+def _make_overlay(ctx: Context, op: Operation, number: int, view: View) -> None:
+    if not view.writable:
+        return
+    op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
+    overlay.create(_overlay(ctx.instance, view), view.size_bytes)
+    op.done(f"overlay-{number}")
+
+
+def _overlay(instance: Instance, view: View) -> Overlay:
+    path = instance.overlays_dir / f"{view.id}.qcow2"
+    return Overlay(path=path, limit_bytes=view.overlay_limit_bytes)
+
+
+def _overlay_args(ctx: Context, view: View) -> dict[str, str]:
+    return {"path": str(_overlay(ctx.instance, view).path)}
+
+
+def _exported(ctx: Context, view: View, exposure: Exposure) -> View:
+    """Served; its exposure says which port it got."""
+    endpoint = compose.target(view.target, ctx.instance).export(
         ExportRequest(
             view_id=view.id,
             name=view.name,
             source=view.source,
             run_dir=_run_dir(ctx, view.id),
-            writable=view.writable,
-            transport=transport,
-            address=address,
-            port=port,
+            exposure=exposure,
+            overlay=_overlay(ctx.instance, view) if view.writable else None,
         )
     )
     return replace(view, uri=endpoint.uri, server=endpoint.server)
 
 
 def _serve_again(ctx: Context, view: View) -> View:
-    address = urlsplit(view.uri)
     with ctx.journal.operation("remount", view.name) as op:
         op.intend("server", "stop-server", _undo_args(ctx, view))
         # what no reboot has removed: the folder, and a server of a remount that was cut off
-        compose.target(view.target).withdraw(_run_dir(ctx, view.id), view.server)
-        transport = "tcp" if address.hostname else "unix"
-        again = _exported(ctx, view, transport, address.hostname or "", address.port)
+        target = compose.target(view.target, ctx.instance)
+        target.withdraw(_run_dir(ctx, view.id), view.server)
+        # at the port that it had
+        again = _exported(ctx, view, replace(view.exposure, port=urlsplit(view.uri).port))
         op.done("server")
         ctx.catalog.update_view(again)
         op.done("row")
@@ -313,18 +352,22 @@ def _serve_again(ctx: Context, view: View) -> View:
 def _take_away(ctx: Context, op: Operation, number: int, view: View) -> None:
     ctx.catalog.update_view(replace(view, state=ViewState.CLOSING))
     op.done(f"closing-{number}")
-    compose.target(view.target).withdraw(_run_dir(ctx, view.id), view.server)
+    target = compose.target(view.target, ctx.instance)
+    target.withdraw(_run_dir(ctx, view.id), view.server)
     op.done(f"server-{number}")
+    if view.writable:
+        overlay.remove(_overlay(ctx.instance, view).path)
+        op.done(f"overlay-{number}")
     ctx.catalog.delete_view(view.id)
     op.done(f"row-{number}")
 
 
-def _withdraw(catalog: Catalog, args: Mapping[str, str]) -> None:
+def _withdraw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     server: Mapping[str, str] = json.loads(args.get("server", "{}"))
     known = next((view for view in catalog.views() if view.id == args["id"]), None)
     if known is not None:  # newer than what was intended
         server = known.server
-    compose.target(args["target"]).withdraw(Path(args["run_dir"]), server)
+    compose.target(args["target"], instance).withdraw(Path(args["run_dir"]), server)
 
 
 def _fresh_timemarks(ctx: Context, chosen: Sequence[View]) -> list[str]:

@@ -2,7 +2,7 @@
 
 class TestMyTarget(TargetContract):
     @pytest.fixture
-    def target(self) -> Target: ...
+    def target(self, folder: Path) -> Target: ...
     def connect(self, uri: str) -> TargetClient: ...
 """
 # ruff: noqa: S101 - assertions are what a test suite is made of
@@ -23,8 +23,9 @@ from typing import Protocol
 import pytest
 
 from offload.errors import OffloadError
-from offload.model import RawSource
-from offload.target import Endpoint, ExportRequest, Target
+from offload.model import Exposure, RawSource
+from offload.overlay import create
+from offload.target import Endpoint, ExportRequest, Overlay, Target
 
 _SIZE = 1 << 20
 
@@ -48,6 +49,8 @@ class TargetClient(Protocol):
 class TargetContract(ABC):
     """What every target does. All of it on a plain file as source."""
 
+    exposure = Exposure()  # what is asked of the target in each test
+
     @abstractmethod
     def connect(self, uri: str) -> TargetClient:
         """A connected client."""
@@ -65,7 +68,7 @@ class TargetContract(ABC):
         return os.urandom(_SIZE)
 
     @pytest.fixture
-    def request_(self, folder: Path, content: bytes) -> ExportRequest:
+    def request_(self, target: Target, folder: Path, content: bytes) -> ExportRequest:
         """A read-only view of a plain file."""
         path = folder / "image.raw"
         path.write_bytes(content)
@@ -74,6 +77,7 @@ class TargetContract(ABC):
             name="one",
             source=RawSource(path=path, size_bytes=_SIZE),
             run_dir=folder / "views" / "v1",
+            exposure=target.check(self.exposure),
         )
 
     @pytest.fixture
@@ -113,7 +117,8 @@ class TargetContract(ABC):
         self, target: Target, request_: ExportRequest, content: bytes
     ) -> None:
         """Another client sees what was written; the file does not."""
-        endpoint = target.export(replace(request_, writable=True))
+        request_ = writable(request_)
+        endpoint = target.export(request_)
         try:
             writer = self.connect(endpoint.uri)
             writer.pwrite(b"x" * 512, 512)
@@ -203,6 +208,14 @@ class TargetContract(ABC):
         with pytest.raises(OffloadError):
             target.export(replace(request_, source=wrong))
         assert not request_.run_dir.exists()
+
+
+def writable(request: ExportRequest) -> ExportRequest:
+    """The same view on a fresh overlay of 64 MiB, beside the folder of its server."""
+    path = request.run_dir.parent.parent / f"{request.view_id}.qcow2"
+    overlay = Overlay(path=path, limit_bytes=64 << 20)
+    create(overlay, request.source.size_bytes)
+    return replace(request, overlay=overlay)
 
 
 def _wait_dead(target: Target, request: ExportRequest, endpoint: Endpoint) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import nbd
 import pytest
 
 from offload.target import Target
+from offload.testing.instances import make_instance
 from offload.testing.target import TargetClient, TargetContract
 from targets.nbd import NbdTarget
 
@@ -30,8 +32,8 @@ class LibnbdClient:
 
 class TestNbdTarget(TargetContract):
     @pytest.fixture
-    def target(self) -> Target:
-        return NbdTarget()
+    def target(self, folder: Path) -> Target:
+        return NbdTarget(make_instance(folder))
 
     def connect(self, uri: str) -> TargetClient:
         return LibnbdClient(uri)

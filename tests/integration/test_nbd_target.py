@@ -28,14 +28,16 @@ from offload.errors import (
     UnavailableError,
     UsageError,
 )
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource
+from offload.model import BackupSource, Exposure, NbdSource, Qcow2Source, RawSource
 from offload.target import Endpoint, ExportRequest
+from offload.testing.instances import make_instance
+from offload.testing.target import writable
 from targets import command, handshake, processes
 from targets.nbd import NbdTarget
 
 MIB = 1 << 20
 HOLE, ZERO = 1, 2
-ELSEWHERE = ("0.0.0.0", "192.0.2.1", "::", "localhost", "nonsense", "")  # noqa: S104
+ELSEWHERE = ("0.0.0.0", "192.0.2.1", "::", "localhost", "nonsense")  # noqa: S104
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def target() -> NbdTarget:
-    return NbdTarget()
+def target(folder: Path) -> NbdTarget:
+    return NbdTarget(make_instance(folder))
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ def request_(folder: Path) -> ExportRequest:
         name="one",
         source=RawSource(path=path, size_bytes=4 * MIB),
         run_dir=folder / "views" / "v1",
+        exposure=Exposure(),
     )
 
 
@@ -184,7 +187,7 @@ def test_composed_view_medium_fails_client_gets_an_error_not_other_data(
 def test_composed_view_writable_takes_writes(
     composed: None, serve: Any, request_: ExportRequest
 ) -> None:
-    endpoint = serve(replace(request_, writable=True))
+    endpoint = serve(writable(request_))
     with connect(endpoint.uri) as client:
         client.nbd.pwrite(b"w" * 512, 0)
         assert bytes(client.nbd.pread(512, 0)) == b"w" * 512
@@ -206,7 +209,7 @@ def test_qcow2_view_reads_the_disk_inside(
     inside = folder / "image.qcow2"
     run.run(["qemu-img", "convert", "-O", "qcow2", str(request_.source.path), str(inside)])
     source = Qcow2Source(path=inside, size_bytes=4 * MIB, sector_size=4096)
-    request = replace(request_, source=source, writable=True)
+    request = writable(replace(request_, source=source))
     endpoint = serve(request)
     with connect(endpoint.uri) as client:
         assert client.nbd.get_block_size(nbd.SIZE_MINIMUM) == 4096
@@ -226,7 +229,7 @@ def test_foreign_nbd_view_is_a_read_only_proxy(
     serve: Any, request_: ExportRequest, folder: Path
 ) -> None:
     assert isinstance(request_.source, RawSource)
-    behind = serve(replace(request_, writable=True))
+    behind = serve(writable(request_))
     source = NbdSource(uri=behind.uri, size_bytes=4 * MIB)
     front = serve(replace(request_, source=source, run_dir=folder / "views" / "v2"))
     with connect(front.uri) as client:
@@ -257,13 +260,14 @@ def test_server_outlives_the_process_that_started_it(
     assert isinstance(request_.source, RawSource)
     script = f"""
 from pathlib import Path
-from offload.model import RawSource
+from offload.model import Exposure, RawSource
 from offload.target import ExportRequest
+from offload.testing.instances import make_instance
 from targets.nbd import NbdTarget
 source = RawSource(path=Path({str(request_.source.path)!r}), size_bytes={4 * MIB})
 folder = Path({str(request_.run_dir)!r})
-made = NbdTarget().export(
-    ExportRequest(view_id="v1", name="one", source=source, run_dir=folder)
+made = NbdTarget(make_instance(folder.parents[1])).export(
+    ExportRequest(view_id="v1", name="one", source=source, run_dir=folder, exposure=Exposure())
 )
 print(made.uri)
 """
@@ -336,7 +340,7 @@ def test_withdraw_record_of_a_reused_pid_kills_nobody(
 def test_tcp_view_is_on_a_free_port_of_loopback_and_knows_its_clients(
     serve: Any, target: NbdTarget, request_: ExportRequest, address: str
 ) -> None:
-    endpoint = serve(replace(request_, transport="tcp", address=address))
+    endpoint = serve(replace(request_, exposure=Exposure(transport="tcp", address=address)))
     assert target.clients(request_.run_dir, endpoint.server) == []
     with connect(endpoint.uri) as client:
         assert len(client.nbd.pread(512, 0)) == 512
@@ -350,7 +354,7 @@ def test_tcp_port_taken_by_another_server_is_refused(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UnavailableError) as caught:
-            target.export(replace(request_, transport="tcp", port=port))
+            target.export(replace(request_, exposure=Exposure(transport="tcp", port=port)))
     assert caught.value.code == "port-taken"
     assert str(port) in caught.value.message
 
@@ -358,11 +362,13 @@ def test_tcp_port_taken_by_another_server_is_refused(
 def test_tcp_port_taken_between_look_and_bind_is_refused(
     target: NbdTarget, request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(NbdTarget, "check", lambda *_, **__: None)
+    monkeypatch.setattr(
+        NbdTarget, "check", lambda _, exposure: replace(exposure, address="127.0.0.1")
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UnavailableError) as caught:
-            target.export(replace(request_, transport="tcp", port=port))
+            target.export(replace(request_, exposure=Exposure(transport="tcp", port=port)))
     assert caught.value.code == "port-taken"
 
 
@@ -383,7 +389,7 @@ def test_tcp_free_port_lost_to_another_is_tried_again(
             )
 
         monkeypatch.setattr(command, "build", build)
-        endpoint = serve(replace(request_, transport="tcp"))
+        endpoint = serve(replace(request_, exposure=Exposure(transport="tcp")))
     with connect(endpoint.uri) as client:
         assert len(client.nbd.pread(512, 0)) == 512
 
@@ -393,7 +399,7 @@ def test_tcp_address_outside_loopback_is_refused(
     target: NbdTarget, request_: ExportRequest, address: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        target.export(replace(request_, transport="tcp", address=address))
+        target.export(replace(request_, exposure=Exposure(transport="tcp", address=address)))
     assert caught.value.code == "not-loopback"
 
 

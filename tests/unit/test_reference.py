@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 MODELS = (
     config.Config, config.VolumeConfig, config.GroupConfig, config.LocalQuiesce, config.QmpQuiesce,
-    config.StoreConfig, config.KeepConfig, config.PoolConfig,
+    config.StoreConfig, config.KeepConfig, config.PoolConfig, config.NbdConfig,
+    config.IscsiConfig, config.ChapConfig, config.OverlayConfig,
 )  # fmt: skip
 LATER = {"passphrase"}  # refused until stores can be encrypted
 
