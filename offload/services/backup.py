@@ -53,7 +53,7 @@ from offload.model import (
 from offload.origin import Origin, OriginKind, parse_origin
 from offload.progress import NoProgress, Progress
 from offload.quantity import Watermark
-from offload.services import stores, timemark
+from offload.services import points, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
 
@@ -171,32 +171,16 @@ def _inputs(
     ctx: Context, origin: Origin, mark: TimeMark | None, stack: ExitStack
 ) -> Iterator[_Input]:
     """Open what is to be read."""
-    if mark is not None:
-        wanted = [s for s in mark.snapshots if origin.volume in (None, s.volume)]
-        if not wanted:
-            raise _no_volume(origin)
-        for snapshot in wanted:
-            provider = compose.snapshot_provider(snapshot.provider, ctx.instance.id)
-            image = compose.open_image(provider.source(snapshot))
-            stack.callback(image.close)
-            yield _Input(
-                volume=snapshot.volume, image=image, identity=snapshot.identity, snapshot=snapshot
-            )
-        return
-    known = ctx.catalog.backup(origin.id)
-    records = [i for i in known.images if origin.volume in (None, i.volume)]
-    if not records:
-        raise _no_volume(origin)
-    for record in records:
-        image = compose.open_image(stores.backup_source(ctx, known, record))
+    if mark is None:
+        found = points.of_backup(ctx, origin)
+    else:
+        found = points.of_timemark(ctx, replace(origin, kind=OriginKind.TIMEMARK, id=mark.id))
+    for point in found:
+        image = compose.open_image(point.source)
         stack.callback(image.close)
-        yield _Input(volume=record.volume, image=image, identity=record.identity, snapshot=None)
-
-
-def _no_volume(origin: Origin) -> NotFoundError:
-    return NotFoundError(
-        f"{origin.kind.value} {origin.id} has no volume '{origin.volume}'", code="unknown-volume"
-    )
+        yield _Input(
+            volume=point.volume, image=image, identity=point.identity, snapshot=point.snapshot
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,20 +6,23 @@ from dataclasses import dataclass
 
 from offload import compose
 from offload.errors import NotFoundError
-from offload.model import Source, TimeMark
+from offload.model import Snapshot, Source, TimeMark
 from offload.origin import Origin, OriginKind
 from offload.services.context import Context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One volume at one point in time: `origin` in full, `id` of the TimeMark or backup."""
+    """One volume at one point in time: `origin` in full, `id` of the TimeMark or backup,
+    `identity` of the volume. `snapshot` where it lies on production storage."""
 
     origin: str
     group: str
     volume: str
     id: str
     source: Source
+    identity: str
+    snapshot: Snapshot | None = None
 
 
 def volumes(ctx: Context, origin: Origin) -> tuple[str, ...]:
@@ -50,23 +53,24 @@ def of_timemark(ctx: Context, origin: Origin) -> list[Point]:
     known = ctx.catalog.timemark(origin.id)
     return [
         Point(
-            origin=f"{OriginKind.TIMEMARK}:{known.id}/{volume}",
+            origin=f"{OriginKind.TIMEMARK}:{known.id}/{snapshot.volume}",
             group=known.group,
-            volume=volume,
+            volume=snapshot.volume,
             id=known.id,
-            source=_snapshot_source(ctx, known, volume),
+            source=_snapshot_source(ctx, known, snapshot),
+            identity=snapshot.identity,
+            snapshot=snapshot,
         )
-        for volume in wanted
+        for snapshot in known.snapshots
+        if snapshot.volume in wanted
     ]
 
 
-def _snapshot_source(ctx: Context, known: TimeMark, volume: str) -> Source:
-    snapshot = known.snapshot(volume)
-    assert snapshot is not None  # noqa: S101 - `volumes` has looked
+def _snapshot_source(ctx: Context, known: TimeMark, snapshot: Snapshot) -> Source:
     provider = compose.snapshot_provider(snapshot.provider, ctx.instance.id)
     if not provider.exists(dict(snapshot.ref)):
         raise NotFoundError(
-            f"the snapshot of volume {volume} of timemark {known.id} is gone from its pool",
+            f"the snapshot of volume {snapshot.volume} of timemark {known.id} is gone",
             code="snapshot-missing",
             hint=f"nothing can be read from it any more: offload timemark delete {known.id}",
         )
@@ -89,6 +93,7 @@ def of_backup(ctx: Context, origin: Origin) -> list[Point]:
             volume=image.volume,
             id=known.id,
             source=stores.backup_source(ctx, known, image),
+            identity=image.identity,
         )
         for image in known.images
         if image.volume in wanted
