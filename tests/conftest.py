@@ -10,6 +10,8 @@ import pytest
 
 from offload.testing.pools import loop_pool
 
+pytest_plugins = ["offload.testing.lab.plugin"]
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.geteuid() != 0 and item.get_closest_marker("needs_root"):

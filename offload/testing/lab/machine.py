@@ -1,0 +1,134 @@
+"""The QEMU process of a lab guest, from power-on to the end."""
+
+from __future__ import annotations
+
+import os
+import socket as sockets
+import subprocess
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload import run
+from offload.errors import OffloadError, UnavailableError
+from offload.testing.lab import frames
+
+NETWORK_CARD = "nic0"
+NETWORK = "n0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What the guest is made of."""
+
+    kernel: Path
+    initramfs: Path
+    memory_mib: int = 1536
+    cpus: int = 2
+
+
+def qemu_argv(hardware: Hardware) -> list[str]:
+    """QEMU without consoles and monitors; those are the caller's.
+
+    Software emulation, for /dev/kvm may be there and not start a kernel; with the environment
+    variable OFFLOAD_LAB_ACCEL=kvm, KVM.
+    """
+    qemu = run.require_program("qemu-system-x86_64", "qemu-system-x86")
+    kvm = os.environ.get("OFFLOAD_LAB_ACCEL") == "kvm"
+    # no protection against attacks from inside: each costs emulated time
+    command_line = "console=ttyS0 quiet panic=-1 mitigations=off"
+    return [
+        qemu, "-nodefaults", "-display", "none", "-no-reboot",
+        "-machine", "pc", "-accel", "kvm" if kvm else "tcg,thread=multi", "-cpu", "max",
+        "-m", str(hardware.memory_mib), "-smp", str(hardware.cpus),
+        "-kernel", str(hardware.kernel), "-initrd", str(hardware.initramfs),
+        "-append", command_line,
+        "-virtfs",
+        "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
+        "-netdev", f"user,id={NETWORK},ipv6=off",
+        "-device", f"virtio-net-pci,id={NETWORK_CARD},netdev={NETWORK},romfile=",
+    ]  # fmt: skip
+
+
+class Machine:
+    """A running QEMU. It dies with this process, however that ends."""
+
+    def __init__(self, hardware: Hardware, folder: Path) -> None:
+        """Power on. Console and QEMU's own words go to `console.log` and `qemu.log`, appended."""
+        self.console = folder / "console.log"
+        self.said = folder / "qemu.log"
+        self.monitor, monitor = sockets.socketpair()
+        self.wire, wire = sockets.socketpair()
+        argv = [
+            *qemu_argv(hardware),
+            "-chardev", f"socket,id=monitor,fd={monitor.fileno()}",
+            "-mon", "chardev=monitor,mode=control",
+            "-chardev", f"socket,id=wire,fd={wire.fileno()}",
+            "-device", "virtio-serial-pci",
+            "-device", f"virtserialport,chardev=wire,name={frames.PORT}",
+            "-chardev", f"file,id=console,path={_escaped(self.console)},append=on",
+            "-serial", "chardev:console",
+        ]  # fmt: skip
+        try:
+            with monitor, wire:
+                self._process = self._start(argv, (monitor.fileno(), wire.fileno()))
+        except BaseException:
+            self.monitor.close()
+            self.wire.close()
+            raise
+
+    def _start(self, argv: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+        """Start QEMU from a thread that lives as long as it does.
+
+        prctl(2), PR_SET_PDEATHSIG: the signal comes when the *thread* that started it ends.
+        """
+        setpriv = run.require_program("setpriv", "util-linux")
+        outcome: list[subprocess.Popen[bytes] | OffloadError] = []
+        started = threading.Event()
+
+        def keep() -> None:
+            try:
+                with self.said.open("ab") as out:
+                    process = run.spawn(
+                        [setpriv, "--pdeathsig", "KILL", *argv],
+                        stdout=out.fileno(),
+                        stderr=out.fileno(),
+                        pass_fds=fds,
+                        new_session=True,  # Ctrl-C is for the test run, which then ends the guest
+                    )
+                outcome.append(process)
+            except OffloadError as error:
+                outcome.append(error)
+                return
+            finally:
+                started.set()
+            process.wait()
+
+        threading.Thread(target=keep, name="lab guest", daemon=True).start()
+        started.wait()
+        if not outcome:
+            raise UnavailableError(f"QEMU was not started: {self.said} cannot be written")
+        if isinstance(outcome[0], OffloadError):
+            raise outcome[0]
+        return outcome[0]
+
+    @property
+    def pid(self) -> int:
+        """Of QEMU."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether QEMU runs (or is stopped by a signal)."""
+        return self._process.poll() is None
+
+    def cut(self) -> None:
+        """Cut the power. Idempotent; a stopped QEMU ends too."""
+        self._process.kill()
+        self._process.wait()
+        self.monitor.close()
+        self.wire.close()
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace(",", ",,")  # QEMU's option syntax
