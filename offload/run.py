@@ -7,6 +7,7 @@ program runs, and a time limit always. What was started is ended and reaped on a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from offload.errors import UnavailableError
 
@@ -25,6 +27,7 @@ _KEEP_ENV = (
 )  # fmt: skip
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STDERR_TAIL = 2000
+_LISTEN_FDS_START = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,15 +152,22 @@ def spawn(
 
 
 def spawn_detached(
-    argv: Sequence[str], *, output: int, env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    *,
+    output: int,
+    env: Mapping[str, str] | None = None,
+    listening: Sequence[int] = (),
 ) -> int:
     """Start a server that outlives us; returns its pid. Its folder is `/`, its session its own.
 
     Both its streams go to the descriptor `output`. It has no parent but init from its first
     instruction on: a program that asks for a signal at its parent's end (nbdkit 1.32 does in the
-    foreground: PR_SET_PDEATHSIG) would otherwise end with us.
+    foreground: PR_SET_PDEATHSIG) would otherwise end with us. Sockets in `listening` are handed
+    over as systemd does it (sd_listen_fds(3)): a program that cannot be started then is seen by
+    its end alone.
     """
     reader, writer = os.pipe()
+    environment = child_env(env)
 
     def leave() -> None:
         middle = os.getpid()
@@ -166,6 +176,8 @@ def spawn_detached(
         while os.getppid() == middle:
             os.sched_yield()
         os.write(writer, str(os.getpid()).encode())
+        if listening:
+            _exec_listening(argv, environment, listening)
 
     try:
         with _translated(argv[0]):
@@ -174,7 +186,7 @@ def spawn_detached(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=child_env(env),
+                env=environment,
                 cwd="/",
                 start_new_session=True,
                 preexec_fn=leave,  # noqa: PLW1509 - system calls only, then it executes
@@ -184,6 +196,20 @@ def spawn_detached(
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def _exec_listening(
+    argv: Sequence[str], env: Mapping[str, str], listening: Sequence[int]
+) -> NoReturn:
+    """Become the program, in the child: LISTEN_PID is known only here. Nothing else stays open."""
+    end = _LISTEN_FDS_START + len(listening)
+    # first out of the way of each other
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, end) for fd in listening]
+    for place, fd in enumerate(moved, _LISTEN_FDS_START):
+        os.dup2(fd, place)
+    os.closerange(end, os.sysconf("SC_OPEN_MAX"))
+    handed = {"LISTEN_FDS": str(len(listening)), "LISTEN_PID": str(os.getpid())}
+    os.execve(argv[0], list(argv), {**env, **handed})  # noqa: S606 - this is the gateway
 
 
 @contextmanager
