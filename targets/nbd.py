@@ -18,32 +18,24 @@ A writable view lies on nbdkit's `cow` filter: writes go to an unlinked temporar
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from offload import errors, procs, qemu_nbd, run
+from offload import procs, qemu_nbd, run
 from offload.errors import (
     BusyError,
     CleanupError,
-    IntegrityError,
     NotFoundError,
-    OffloadError,
     UnavailableError,
     UsageError,
 )
 from offload.instance import Instance
-from offload.model import BackupSource, Exposure, Qcow2Source, RawSource
+from offload.model import Exposure, Qcow2Source, RawSource
 from offload.target import Client, Endpoint, ExportRequest
-from targets import command, handshake, loopback, processes
+from targets import command, loopback, nbdkit, processes
 
-_READY_S = 10.0
 _PORT_TRIES = 5
-_TAKEN_SIGN = "Address already in use"  # strerror(EADDRINUSE) in the C locale
 
 
 class NbdTarget:
@@ -166,112 +158,13 @@ def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
 
 def _start(program: str, request: ExportRequest, port: int | None) -> dict[str, str]:
     """Start one server and wait until it serves what was asked; on an error it is ended."""
+    folder = request.run_dir
+    address = str(folder / command.SOCKET) if port is None else (request.exposure.address, port)
+    place = nbdkit.Place(
+        address=address, pid_file=folder / command.PID_FILE, log=folder / command.LOG
+    )
     built = command.build(program, request, port)
-    address: handshake.Address
-    address = (
-        str(request.run_dir / command.SOCKET) if port is None else (request.exposure.address, port)
-    )
-    log_path = request.run_dir / command.LOG
-    fd = os.open(
-        log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
-    )
-    try:
-        pid = run.spawn_detached(built.argv, output=fd, env=built.env)
-    finally:
-        os.close(fd)
-    ref = procs.ref_of(pid)
-    if ref is None:
-        raise _explain(request)
-    try:
-        _check_export(_wait_ready(ref, request, address), request)
-    except BaseException:
-        processes.end_servers(request.run_dir, ref)
-        raise
-    return ref.to_strings()
-
-
-def _wait_ready(
-    server: procs.ProcessRef, request: ExportRequest, address: handshake.Address
-) -> handshake.Export:
-    """Ask what is exported until the server answers or ends.
-
-    Not before its pid file is there: until then, somebody else may answer on a port.
-    """
-    until = time.monotonic() + _READY_S
-    pid_file = request.run_dir / command.PID_FILE
-    while (left := until - time.monotonic()) > 0:
-        if not server.alive():
-            raise _explain(request)
-        if pid_file.exists():
-            try:
-                return handshake.ask(address, timeout_s=left)
-            except UnavailableError as error:
-                raise _explain(request) from error
-            except OSError:
-                pass  # it listens but does not serve yet, or it has just ended
-        time.sleep(0.002)
-    raise UnavailableError(
-        f"the server of view {request.name} did not answer within {_READY_S:g} s",
-        code="server-failed",
-        hint=_last_words(request.run_dir),
-    )
-
-
-def _check_export(export: handshake.Export, request: ExportRequest) -> None:
-    """Never present something else than was asked for."""
-    if export.size_bytes != request.source.size_bytes:
-        raise IntegrityError(
-            f"view {request.name} would show {export.size_bytes} bytes, "
-            f"{request.source.size_bytes} are on record",
-            code="size-mismatch",
-            hint="the image was changed behind our back",
-        )
-    if export.read_only is request.writable or (
-        export.block_size_minimum != request.source.sector_size
-    ):
-        raise UnavailableError(
-            f"the server of view {request.name} does not keep to what was asked of it "
-            f"(read-only {export.read_only}, sectors of {export.block_size_minimum} bytes)",
-            code="server-failed",
-        )
-
-
-def _explain(request: ExportRequest) -> OffloadError:
-    """What the server's last words mean."""
-    words = _read_log(request.run_dir)
-    for line in words.splitlines():
-        if line.startswith("offload-error "):
-            return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
-    if _TAKEN_SIGN in words:
-        return loopback.port_taken(request.exposure.address, request.exposure.port)
-    if "nbdkit-python-plugin.so" in words and isinstance(request.source, BackupSource):
-        return UnavailableError(
-            "nbdkit has no Python plugin here",
-            code="program-missing",
-            hint="install it: apt-get install nbdkit-plugin-python",
-        )
-    return UnavailableError(
-        f"the server of view {request.name} failed: {_last_words(request.run_dir)}",
-        code="server-failed",
-    )
-
-
-def _raised_in_server(record: Mapping[str, str]) -> OffloadError:
-    """An error of opening the image, as it was raised inside the server."""
-    family = getattr(errors, record["family"], None)
-    made = family if isinstance(family, type) and issubclass(family, OffloadError) else OffloadError
-    return made(record["message"], hint=record["hint"], code=record["code"])
-
-
-def _read_log(run_dir: Path) -> str:
-    with contextlib.suppress(OSError):
-        return (run_dir / command.LOG).read_text(errors="replace").strip()
-    return ""
-
-
-def _last_words(run_dir: Path) -> str:
-    lines = _read_log(run_dir).splitlines()
-    return lines[-1].strip() if lines else "it said nothing"
+    return nbdkit.start(built, place, request, writable=request.writable).to_strings()
 
 
 def _ref(server: Mapping[str, str], prefix: str = "") -> procs.ProcessRef | None:

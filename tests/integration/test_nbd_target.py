@@ -485,7 +485,7 @@ def test_export_server_that_never_listens_is_ended_in_time(
     monkeypatch: pytest.MonkeyPatch,
     folder: Path,
 ) -> None:
-    monkeypatch.setattr("targets.nbd._READY_S", 0.3)
+    monkeypatch.setattr("targets.nbdkit._READY_S", 0.3)
     silent = folder / "bin" / "nbdkit"
     silent.parent.mkdir()
     silent.write_text("#!/bin/sh\nexec sleep 100\n")

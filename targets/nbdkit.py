@@ -1,0 +1,140 @@
+"""One nbdkit: its start, its readiness, what its last words mean."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload import errors, procs, run
+from offload.errors import IntegrityError, OffloadError, UnavailableError
+from offload.model import BackupSource
+from offload.target import ExportRequest
+from targets import handshake, loopback
+from targets.command import Command
+
+_READY_S = 10.0
+_GRACE_S = 0.5
+_TAKEN_SIGN = "Address already in use"  # strerror(EADDRINUSE) in the C locale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a server listens, and its files."""
+
+    address: handshake.Address
+    pid_file: Path
+    log: Path
+
+
+def start(
+    built: Command, place: Place, request: ExportRequest, *, writable: bool
+) -> procs.ProcessRef:
+    """Start one server and wait until it serves what was asked; on an error it is ended.
+
+    Raises UnavailableError (`server-failed`, `port-taken`, `program-missing`), IntegrityError
+    (`size-mismatch`), and whatever opening the image raises in the server.
+    """
+    fd = os.open(
+        place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+    )
+    try:
+        pid = run.spawn_detached(built.argv, output=fd, env=built.env)
+    finally:
+        os.close(fd)
+    ref = procs.ref_of(pid)
+    if ref is None:
+        raise _explain(place, request)
+    try:
+        check_export(_wait_ready(ref, place, request), request, writable=writable)
+    except BaseException:
+        ref.end(_GRACE_S)
+        raise
+    return ref
+
+
+def check_export(export: handshake.Export, request: ExportRequest, *, writable: bool) -> None:
+    """Never present something else than was asked for."""
+    check_size(export.size_bytes, request)
+    if export.read_only is writable or export.block_size_minimum != request.source.sector_size:
+        raise UnavailableError(
+            f"the server of view {request.name} does not keep to what was asked of it "
+            f"(read-only {export.read_only}, sectors of {export.block_size_minimum} bytes)",
+            code="server-failed",
+        )
+
+
+def check_size(size_bytes: int, request: ExportRequest) -> None:
+    """Refuse an image that is not as long as its record says: IntegrityError (`size-mismatch`)."""
+    if size_bytes != request.source.size_bytes:
+        raise IntegrityError(
+            f"view {request.name} would show {size_bytes} bytes, "
+            f"{request.source.size_bytes} are on record",
+            code="size-mismatch",
+            hint="the image was changed behind our back",
+        )
+
+
+def _wait_ready(server: procs.ProcessRef, place: Place, request: ExportRequest) -> handshake.Export:
+    """Ask what is exported until the server answers or ends.
+
+    Not before its pid file is there: until then, somebody else may answer on a port.
+    """
+    until = time.monotonic() + _READY_S
+    while (left := until - time.monotonic()) > 0:
+        if not server.alive():
+            raise _explain(place, request)
+        if place.pid_file.exists():
+            try:
+                return handshake.ask(place.address, timeout_s=left)
+            except UnavailableError as error:
+                raise _explain(place, request) from error
+            except OSError:
+                pass  # it listens but does not serve yet, or it has just ended
+        time.sleep(0.002)
+    raise UnavailableError(
+        f"the server of view {request.name} did not answer within {_READY_S:g} s",
+        code="server-failed",
+        hint=_last_words(place),
+    )
+
+
+def _explain(place: Place, request: ExportRequest) -> OffloadError:
+    """What the server's last words mean."""
+    words = _read_log(place)
+    for line in words.splitlines():
+        if line.startswith("offload-error "):
+            return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
+    if _TAKEN_SIGN in words:
+        return loopback.port_taken(request.exposure.address, request.exposure.port)
+    if "nbdkit-python-plugin.so" in words and isinstance(request.source, BackupSource):
+        return UnavailableError(
+            "nbdkit has no Python plugin here",
+            code="program-missing",
+            hint="install it: apt-get install nbdkit-plugin-python",
+        )
+    return UnavailableError(
+        f"the server of view {request.name} failed: {_last_words(place)}", code="server-failed"
+    )
+
+
+def _raised_in_server(record: Mapping[str, str]) -> OffloadError:
+    """An error of opening the image, as it was raised inside the server."""
+    family = getattr(errors, record["family"], None)
+    made = family if isinstance(family, type) and issubclass(family, OffloadError) else OffloadError
+    return made(record["message"], hint=record["hint"], code=record["code"])
+
+
+def _read_log(place: Place) -> str:
+    with contextlib.suppress(OSError):
+        return place.log.read_text(errors="replace").strip()
+    return ""
+
+
+def _last_words(place: Place) -> str:
+    lines = _read_log(place).splitlines()
+    return lines[-1].strip() if lines else "it said nothing"
