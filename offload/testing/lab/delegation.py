@@ -109,7 +109,9 @@ def _pytest_argv(items: Sequence[pytest.Item]) -> list[str]:
     """The same Python, configuration and ways to show failures as on the host."""
     config = items[0].config
     argv = [sys.executable, "-m", "pytest", "-p", "offload.testing.lab.inside"]
-    argv += ["-p", "no:cacheprovider", "--color=no", f"--rootdir={config.rootpath}"]
+    # hypothesis works without its plugin, which takes emulated seconds to load
+    argv += ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    argv += ["--color=no", f"--rootdir={config.rootpath}"]
     argv += ["-c", str(config.inipath)] if config.inipath else []
     argv += [f"--tb={config.getoption('tbstyle')}"]
     argv += ["--showlocals"] if config.getoption("showlocals") else []

@@ -11,22 +11,20 @@ import contextlib
 import re
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import offload
-from offload.errors import OffloadError
-from offload.qmp import Qmp
 from offload.testing.lab import initramfs
 from offload.testing.lab.channel import Channel, GuestError, RemoteCommand
+from offload.testing.lab.disks import Disks
 from offload.testing.lab.machine import NETWORK, NETWORK_CARD, Hardware, Machine
+from offload.testing.lab.monitor import Monitor
 
 _BOOT_S = 240.0  # emulated, on a machine that may be busy
-_MONITOR_S = 60.0
 _KILL_S = 20.0  # for the agent to end what is late
 _PLUG_S = 60.0
 _TAIL = 3000  # characters of a log in an error
@@ -47,16 +45,6 @@ class Completed:
     def text(self) -> str:
         """What it said on its standard output."""
         return self.stdout.decode("utf-8", "replace")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Disk:
-    """A file or device of the host that the guest has as a disk."""
-
-    serial: str
-    path: Path
-    read_only: bool
-    sector_size: int
 
 
 class Guest:
@@ -93,18 +81,16 @@ class Guest:
             settings=agent_settings(),
             visible=initramfs.hidden_folders([*always_visible(), *visible]),
         )
-        self._disks: dict[str, _Disk] = {}  # by device
-        self._disk_count = 0
+        self._disks = Disks(self._shell_with)
+        self._plugging = threading.Lock()
         self._forwards: dict[int, int] = {}  # guest port → host port
-        self._monitor_lock = threading.Lock()
         self._power_on()
 
     def _power_on(self) -> None:
         self._machine = Machine(self._hardware, self.log.parent)
         try:
             self._channel = Channel(self._machine.wire)
-            wire = self._machine.monitor
-            self._qmp = Qmp(Path("the lab guest's monitor"), _MONITOR_S, wire=wire)
+            self._monitor = Monitor(self._machine.monitor)
             self._wait_booted()
         except BaseException:
             self._machine.cut()
@@ -202,77 +188,38 @@ class Guest:
 
     def _forward(self, guest_port: int, host_port: int) -> int:
         to = f"{self.address}:{guest_port}"
-        self._human(f"hostfwd_add {NETWORK} tcp:127.0.0.1:{host_port}-{to}")
-        table = self._ask("human-monitor-command", {"command-line": "info usernet"})
+        said = self._monitor.human(f"hostfwd_add {NETWORK} tcp:127.0.0.1:{host_port}-{to}")
+        table = self._monitor.human("info usernet")
         # TCP[HOST_FORWARD]  12  127.0.0.1 40321  10.0.2.15  3260  0  0
         row = rf"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+{re.escape(self.address)}\s+"
         found = re.search(row + rf"{guest_port}\s", table)
-        if found is None:
-            raise GuestError(f"QEMU forwards no port to {to}: {table}")
+        if said or found is None:
+            raise GuestError(f"QEMU forwards no port to {to}: {said or table}")
         return int(found[1])
 
     def attach(self, path: Path, *, read_only: bool = False, sector_size: int = 512) -> str:
-        """Plug a raw image (or a block device) of the host in; the disk's device in the guest."""
-        self._disk_count += 1
-        disk = _Disk(
-            serial=f"lab{self._disk_count}",
-            path=path,
-            read_only=read_only,
-            sector_size=sector_size,
-        )
-        device = self._plug(disk)
-        self._disks[device] = disk
-        return device
+        """Plug a raw image (or a block device) of the host in; the disk's device in the guest.
+
+        OffloadError where QEMU or the guest does not take it.
+        """
+        with self._plugging:
+            return self._disks.attach(
+                self._monitor, path, read_only=read_only, sector_size=sector_size
+            )
 
     def detach(self, device: str) -> None:
         """Pull a disk out, in use or not. GuestError where the guest does not let go of it."""
-        disk = self._disks[device]
-        self._unplug(disk.serial)
-        del self._disks[device]
-        self.shell(f"while [[ -e {device} ]]; do sleep 0.02; done", timeout_s=_PLUG_S)
+        with self._plugging:
+            self._disks.detach(self._monitor, device)
 
-    def _plug(self, disk: _Disk) -> str:
-        driver = "host_device" if disk.path.is_block_device() else "file"
-        file = {"driver": driver, "filename": str(disk.path), "discard": "unmap"}
-        node = {"driver": "raw", "discard": "unmap", "file": file}
-        self._ask("blockdev-add", {**node, "node-name": disk.serial, "read-only": disk.read_only})
-        sectors = {
-            "logical_block_size": disk.sector_size,
-            "physical_block_size": disk.sector_size,
-        }
-        try:
-            return self._plug_node(disk.serial, sectors)
-        except BaseException:
-            with contextlib.suppress(OffloadError):
-                self._ask("blockdev-del", {"node-name": disk.serial})
-            raise
-
-    def _plug_node(self, serial: str, properties: Mapping[str, int]) -> str:
-        names = {"id": f"disk-{serial}", "drive": serial, "serial": serial}
-        self._ask("device_add", {"driver": "virtio-blk-pci", **names, **properties})
-        script = (
-            "until found=$(grep -lx -- "
-            f"{serial} /sys/block/vd*/serial 2>/dev/null) && name=${{found#/sys/block/}} "
-            "&& name=${name%/serial} && [[ -b /dev/$name ]]; do sleep 0.02; done; echo /dev/$name"
-        )
-        return self.shell(script, timeout_s=_PLUG_S).text.strip()
-
-    def _unplug(self, serial: str) -> None:
-        with self._monitor_lock:
-            self._qmp.execute("device_del", {"id": f"disk-{serial}"})
-            until = time.monotonic() + _PLUG_S
-            while event := self._qmp.wait_event("DEVICE_DELETED", until - time.monotonic()):
-                if event["data"].get("device") == f"disk-{serial}":
-                    break
-            else:
-                raise GuestError(f"the guest did not let go of the disk {serial}")
-            self._qmp.execute("blockdev-del", {"node-name": serial})
+    def _shell_with(self, script: str, argument: str) -> str:
+        return self.run(["bash", "-euc", script, "bash", argument], timeout_s=_PLUG_S).text
 
     # -- cable and power -------------------------------------------------------------------------
 
     def network(self, up: bool) -> None:
         """Pull the cable out, or plug it in again; the guest has noticed when this returns."""
-        self._ask("set_link", {"name": NETWORK_CARD, "up": up})
+        self._monitor.ask("set_link", {"name": NETWORK_CARD, "up": up})
         wanted = int(up)
         self.shell(f"until [[ $(< /sys/class/net/eth0/carrier) == {wanted} ]]; do sleep 0.02; done")
 
@@ -286,23 +233,7 @@ class Guest:
         self._power_on()
         for guest_port, host_port in self._forwards.items():
             self._forward(guest_port, host_port)
-        self._replug()
-
-    def _replug(self) -> None:
-        """The disks, each as the device that it was: names are given in order, so gaps are held."""
-        held: list[str] = []
-        for device in sorted(self._disks, key=lambda name: (len(name), name)):
-            while True:
-                serial = f"gap{len(held)}"
-                if (found := self._plug(self._disks[device])) == device:
-                    break
-                self._unplug(self._disks[device].serial)
-                self._ask("blockdev-add", {"driver": "null-co", "node-name": serial, "size": 512})
-                if self._plug_node(serial, {}) != found:
-                    raise GuestError(f"the disk {device} did not come back under its name")
-                held.append(serial)
-        for serial in held:
-            self._unplug(serial)
+        self._disks.attach_again(self._monitor)
 
     @property
     def pid(self) -> int:
@@ -342,15 +273,6 @@ class Guest:
 
     def _console_if_dead(self) -> str:
         return "" if self.alive() else self.tails()
-
-    def _human(self, line: str) -> None:
-        said = self._ask("human-monitor-command", {"command-line": line})
-        if said.strip():
-            raise GuestError(f"QEMU refused `{line}`: {said.strip()}")
-
-    def _ask(self, command: str, arguments: dict[str, Any]) -> Any:
-        with self._monitor_lock:
-            return self._qmp.execute(command, arguments)
 
 
 def agent_settings() -> dict[str, str]:
