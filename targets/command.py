@@ -43,18 +43,18 @@ class Command:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def build(program: str, request: ExportRequest, port: int | None) -> Command:
+def build(program: str, request: ExportRequest) -> Command:
     """In the foreground, because a server in the background has no standard error: ours is the log.
+
+    Over TCP the server takes listening sockets over, and so no option says where it listens.
 
     Writes the source's record into the run folder where a plugin needs one.
     """
     folder = request.run_dir
     argv = [program, "--foreground", "--log=stderr", "--pidfile", str(folder / PID_FILE)]
     argv.append("--threads=1")  # see above
-    if port is None:
+    if request.exposure.transport != "tcp":
         argv += ["--unix", str(folder / SOCKET)]
-    else:
-        argv += ["--ipaddr", request.exposure.address, "--port", str(port)]
     plugin = _plugin(request)
     # The first filter is the nearest to the client; cow opens what is behind it read-only.
     filters = ("--filter=cow",) if request.writable else ("--readonly",)

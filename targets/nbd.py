@@ -18,7 +18,9 @@ A writable view lies on nbdkit's `cow` filter: writes go to an unlinked temporar
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,15 +29,12 @@ from offload.errors import (
     BusyError,
     CleanupError,
     NotFoundError,
-    UnavailableError,
     UsageError,
 )
 from offload.instance import Instance
 from offload.model import Exposure, Qcow2Source, RawSource
 from offload.target import Client, Endpoint, ExportRequest
-from targets import command, loopback, nbdkit, processes
-
-_PORT_TRIES = 5
+from targets import command, listen, nbdkit, processes
 
 
 class NbdTarget:
@@ -52,8 +51,7 @@ class NbdTarget:
         Raises UsageError (`bad-transport`, `not-loopback`, `bad-port`), UnavailableError
         (`program-missing`, `port-taken`).
         """
-        transport, port = exposure.transport or "unix", exposure.port
-        address = (exposure.address or self._config.address) if transport == "tcp" else ""
+        transport = exposure.transport or "unix"
         if transport not in {"unix", "tcp"}:
             raise UsageError(
                 f"the target nbd has no transport '{transport}'",
@@ -61,13 +59,25 @@ class NbdTarget:
                 hint="it has unix and tcp",
             )
         run.require_program("nbdkit", "nbdkit")
-        if transport == "tcp":
-            loopback.check(address, port)
-        elif port is not None:
+        exposure = replace(exposure, transport=transport)
+        return self._check_tcp(exposure) if transport == "tcp" else _check_unix(exposure)
+
+    def _check_tcp(self, asked: Exposure) -> Exposure:
+        address = listen.parse_address(asked.address or self._config.address)
+        if not address.is_loopback:
             raise UsageError(
-                "a port goes with the transport tcp only", code="bad-port", hint="leave it out"
+                f"{address} is no loopback address: NBD without TLS has neither authentication nor "
+                "encryption",
+                code="not-loopback",
+                hint="use 127.0.0.1 or ::1, or the unix socket through an SSH tunnel",
             )
-        return replace(exposure, transport=transport, address=address)
+        found = replace(
+            asked,
+            address=str(address),
+            allow=listen.parse_networks(asked.allow or self._config.allow),
+        )
+        listen.check_tcp(found.address, found.port, found.allow)
+        return found
 
     def export(self, request: ExportRequest) -> Endpoint:
         """Present the image; see `offload.target`.
@@ -118,12 +128,27 @@ class NbdTarget:
         return processes.unix_clients(ref.pid, run_dir / command.SOCKET)
 
 
+def _check_unix(exposure: Exposure) -> Exposure:
+    if exposure.port is not None:
+        raise UsageError(
+            "a port goes with the transport tcp only", code="bad-port", hint="leave it out"
+        )
+    if exposure.address or exposure.allow or exposure.tls not in {"", "off"}:
+        raise UsageError(
+            "addresses, clients and TLS go with the transport tcp only: a unix socket is open to "
+            "its owner alone",
+            code="tcp-only",
+            hint="leave them out, or say --tcp",
+        )
+    return replace(exposure, tls="")
+
+
 def _serve(program: str, request: ExportRequest) -> Endpoint:
     backend: dict[str, str] = {}
     if isinstance(request.source, Qcow2Source):
         backend = _start_backend(request.source, request.run_dir)
     if request.exposure.transport == "unix":
-        record = _start(program, request, None)
+        record = _start(program, request, ())
         uri = command.unix_uri(request.run_dir / command.SOCKET)
         return Endpoint(uri=uri, server={**record, **backend})
     record = _start_on_port(program, request)
@@ -142,28 +167,30 @@ def _start_backend(source: Qcow2Source, folder: Path) -> dict[str, str]:
 
 
 def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
-    address, wanted = request.exposure.address, request.exposure.port
-    tries = _PORT_TRIES if wanted is None else 1
-    while True:
-        tries -= 1
-        port = wanted or loopback.bind(address, 0)
-        try:
-            record = _start(program, request, port)
-        except UnavailableError as error:
-            if error.code == "port-taken" and tries:
-                continue  # somebody was faster between our look and the server's bind
-            raise
-        return {**record, "address": address, "port": str(port)}
+    """The server is asked what it exports over a second socket, in the view's folder: this process
+    need not be one of the clients that are served."""
+    exposure = request.exposure
+    private = request.run_dir / command.SOCKET
+    with ExitStack() as held:
+        public = held.enter_context(listen.tcp(exposure.address, exposure.port, exposure.allow))
+        port: int = public.getsockname()[1]
+        record = _start(program, request, (public, held.enter_context(listen.unix(private))))
+    private.unlink()
+    return {**record, "address": exposure.address, "port": str(port)}
 
 
-def _start(program: str, request: ExportRequest, port: int | None) -> dict[str, str]:
+def _start(
+    program: str, request: ExportRequest, listening: tuple[socket.socket, ...]
+) -> dict[str, str]:
     """Start one server and wait until it serves what was asked; on an error it is ended."""
     folder = request.run_dir
-    address = str(folder / command.SOCKET) if port is None else (request.exposure.address, port)
     place = nbdkit.Place(
-        address=address, pid_file=folder / command.PID_FILE, log=folder / command.LOG
+        address=str(folder / command.SOCKET),
+        listening=listening,
+        pid_file=folder / command.PID_FILE,
+        log=folder / command.LOG,
     )
-    built = command.build(program, request, port)
+    built = command.build(program, request)
     return nbdkit.start(built, place, request, writable=request.writable).to_strings()
 
 

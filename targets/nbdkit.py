@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +15,19 @@ from offload import errors, procs, run
 from offload.errors import IntegrityError, OffloadError, UnavailableError
 from offload.model import BackupSource
 from offload.target import ExportRequest
-from targets import handshake, loopback
+from targets import handshake
 from targets.command import Command
 
 _READY_S = 10.0
 _GRACE_S = 0.5
-_TAKEN_SIGN = "Address already in use"  # strerror(EADDRINUSE) in the C locale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a server listens, and its files."""
+    """Where a server answers, and its files."""
 
     address: handshake.Address
+    listening: tuple[socket.socket, ...] = ()  # none: it makes its own, by its command line
     pid_file: Path
     log: Path
 
@@ -36,16 +37,20 @@ def start(
 ) -> procs.ProcessRef:
     """Start one server and wait until it serves what was asked; on an error it is ended.
 
-    Raises UnavailableError (`server-failed`, `port-taken`, `program-missing`), IntegrityError
-    (`size-mismatch`), and whatever opening the image raises in the server.
+    It takes over the sockets in `place.listening`, which are closed here. Raises UnavailableError
+    (`server-failed`, `program-missing`), IntegrityError (`size-mismatch`), and whatever opening the
+    image raises in the server.
     """
     fd = os.open(
         place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
     )
+    sockets = [sock.fileno() for sock in place.listening]
     try:
-        pid = run.spawn_detached(built.argv, output=fd, env=built.env)
+        pid = run.spawn_detached(built.argv, output=fd, env=built.env, listening=sockets)
     finally:
         os.close(fd)
+        for sock in place.listening:  # or whoever connects would wait for a server that has ended
+            sock.close()
     ref = procs.ref_of(pid)
     if ref is None:
         raise _explain(place, request)
@@ -80,10 +85,7 @@ def check_size(size_bytes: int, request: ExportRequest) -> None:
 
 
 def _wait_ready(server: procs.ProcessRef, place: Place, request: ExportRequest) -> handshake.Export:
-    """Ask what is exported until the server answers or ends.
-
-    Not before its pid file is there: until then, somebody else may answer on a port.
-    """
+    """Ask what is exported until the server answers or ends."""
     until = time.monotonic() + _READY_S
     while (left := until - time.monotonic()) > 0:
         if not server.alive():
@@ -109,8 +111,6 @@ def _explain(place: Place, request: ExportRequest) -> OffloadError:
     for line in words.splitlines():
         if line.startswith("offload-error "):
             return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
-    if _TAKEN_SIGN in words:
-        return loopback.port_taken(request.exposure.address, request.exposure.port)
     if "nbdkit-python-plugin.so" in words and isinstance(request.source, BackupSource):
         return UnavailableError(
             "nbdkit has no Python plugin here",
