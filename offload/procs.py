@@ -85,6 +85,14 @@ def ref_of(pid: int) -> ProcessRef | None:
     return None if start is None else ProcessRef(pid=pid, start=start, boot=boot_id())
 
 
+def has_capability(number: int) -> bool:
+    """Whether this process has a capability; numbers: linux/capability.h."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
 def find_running(program: str, argument: str) -> list[ProcessRef]:
     """Live processes of a program (by the end of its path) that were given exactly this argument.
 

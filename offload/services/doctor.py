@@ -13,6 +13,7 @@ from pathlib import Path
 from offload import compose, run
 from offload.config import Config, LocalQuiesce, StoreConfig
 from offload.errors import ConfigError, OffloadError
+from offload.procs import has_capability
 from offload.quantity import Watermark, show_size
 from offload.services.volumes import VolumeReport, look_at_all
 
@@ -137,7 +138,7 @@ def _freeze(config: Config | None) -> Check:
         for group in groups
         for entry in group.quiesce
     )
-    allowed = _has_capability(_CAP_SYS_ADMIN)
+    allowed = has_capability(_CAP_SYS_ADMIN)
     return Check(
         name="freeze",
         status=Status.OK if allowed else Status.MISSING,
@@ -146,13 +147,6 @@ def _freeze(config: Config | None) -> Check:
         fix="" if allowed else "run as root, or from the systemd units",
         required=mounts,
     )
-
-
-def _has_capability(number: int) -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> number & 1)
-    return False
 
 
 def _reflink() -> Check:

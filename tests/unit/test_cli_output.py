@@ -177,7 +177,7 @@ def test_doctor_names_what_would_give_a_missing_program(monkeypatch: pytest.Monk
 
 def test_doctor_every_check_that_is_not_ok_has_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "find_program", lambda _name: None)
-    monkeypatch.setattr(doctor, "_has_capability", lambda _number: False)
+    monkeypatch.setattr(doctor, "has_capability", lambda _number: False)
     monkeypatch.setattr(doctor, "find_spec", lambda _name: None)
     checks = doctor.examine(None)
     assert [c for c in checks if c.status is not doctor.Status.OK and not c.fix] == []
@@ -230,7 +230,7 @@ def test_doctor_what_the_configuration_needs_and_is_missing_is_exit_6(
 def test_doctor_freeze_is_required_only_where_mounts_are_frozen(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "_has_capability", lambda _number: False)
+    monkeypatch.setattr(doctor, "has_capability", lambda _number: False)
     (config.parent / "store").mkdir()
     assert _doctor(config, capsys, 0)["freeze"]["required"] is False
     text = config.read_text()
