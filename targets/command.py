@@ -24,10 +24,13 @@ from offload.target import ExportRequest
 SOCKET = "nbd.sock"
 PID_FILE = "nbdkit.pid"
 LOG = "log"
+BASE_SOCKET = "base.sock"
+BASE_PID_FILE = "base.pid"
 BACKEND_SOCKET = "qemu.sock"
 BACKEND_PID_FILE = "qemu-nbd.pid"
 BACKEND_LOG = "qemu-log"
-_SOURCE = "source.json"
+OVERLAY_SOCKET = "top.sock"
+SOURCE = "source.json"
 
 _PLUGIN = Path(__file__).resolve().parents[1] / "nbd_plugins" / "image.py"
 # Preferred and maximum request, in bytes. The minimum is the volume's logical sector size: clients
@@ -44,21 +47,38 @@ class Command:
 
 
 def build(program: str, request: ExportRequest) -> Command:
-    """In the foreground, because a server in the background has no standard error: ours is the log.
+    """The server of the view.
 
     Over TCP the server takes listening sockets over, and so no option says where it listens.
 
     Writes the source's record into the run folder where a plugin needs one.
     """
     folder = request.run_dir
-    argv = [program, "--foreground", "--log=stderr", "--pidfile", str(folder / PID_FILE)]
-    argv.append("--threads=1")  # see above
+    argv = _options(program, folder / PID_FILE)
     if request.exposure.transport != "tcp":
         argv += ["--unix", str(folder / SOCKET)]
+    if request.writable:
+        plugin = _compiled(request, "nbd", f"socket={folder / OVERLAY_SOCKET}")
+        return Command(argv=(*argv, *plugin.filters, *plugin.argv))
     plugin = _plugin(request)
-    # The first filter is the nearest to the client; cow opens what is behind it read-only.
-    filters = ("--filter=cow",) if request.writable else ("--readonly",)
-    return Command(argv=(*argv, *plugin.filters, *filters, *plugin.argv), env=plugin.env)
+    return Command(argv=(*argv, *plugin.filters, "--readonly", *plugin.argv), env=plugin.env)
+
+
+def build_base(program: str, request: ExportRequest) -> Command:
+    """The server of the source alone, read-only, on a socket of its own: behind an overlay, or
+    behind another target. Writes what `build` writes."""
+    folder = request.run_dir
+    argv = _options(program, folder / BASE_PID_FILE)
+    plugin = _plugin(request)
+    argv += ["--unix", str(folder / BASE_SOCKET), *plugin.filters, "--readonly", *plugin.argv]
+    return Command(argv=tuple(argv), env=plugin.env)
+
+
+def _options(program: str, pid_file: Path) -> list[str]:
+    """In the foreground, because a server in the background has no standard error: ours is the log.
+    One thread: see above."""
+    argv = [program, "--foreground", "--log=stderr", "--pidfile", str(pid_file)]
+    return [*argv, "--threads=1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +110,7 @@ def _compiled(request: ExportRequest, *plugin: str) -> _Plugin:
 
 def _composed(request: ExportRequest) -> _Plugin:
     """Our own plugin, which reads any source."""
-    path = request.run_dir / _SOURCE
+    path = request.run_dir / SOURCE
     _write_source(path, request)
     return _Plugin(
         argv=("python", str(_PLUGIN), f"source={path}"),

@@ -6,14 +6,11 @@
 | `nbdkit.pid` | written by the server when it listens |
 | `log` | what the server says |
 | `source.json` | what the Python plugin opens, for images that no C plugin reads |
-| `qemu.sock`, `qemu-nbd.pid`, `qemu-log` | the qemu-nbd behind the server, for qcow2 |
+| others | what the server reads from, where that is no plain file: see `targets/backing.py` |
 
-A raw file or block device is read by nbdkit's C `file` plugin; qcow2 and foreign NBD servers
-through its `nbd` plugin; everything else by `nbd_plugins/image.py`. The server is no child that
-must be kept: it has its own session, no descriptor of ours, and outlives us.
-
-A writable view lies on nbdkit's `cow` filter: writes go to an unlinked temporary file in `TMPDIR`
-(default `/var/tmp`, which needs the space), 64 KiB a block written, and are lost with the server.
+A raw file or block device is read by nbdkit's C `file` plugin; overlays, qcow2 and foreign NBD
+servers through its `nbd` plugin; everything else by `nbd_plugins/image.py`. The server is no child
+that must be kept: it has its own session, no descriptor of ours, and outlives us.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from offload import procs, qemu_nbd, run
+from offload import procs, run
 from offload.errors import (
     BusyError,
     CleanupError,
@@ -34,7 +31,7 @@ from offload.errors import (
 from offload.instance import Instance
 from offload.model import Exposure, Qcow2Source, RawSource
 from offload.target import Client, Endpoint, ExportRequest
-from targets import command, listen, nbdkit, processes
+from targets import backing, command, listen, nbdkit, processes
 
 
 class NbdTarget:
@@ -109,14 +106,13 @@ class NbdTarget:
         Raises CleanupError if the folder cannot be removed.
         """
         processes.end_servers(run_dir, _ref(server))
-        if not server or "backend_pid" in server:
-            processes.end_backend(run_dir)
+        backing.close(run_dir, server)
         _remove(run_dir)
 
-    def alive(self, run_dir: Path, server: Mapping[str, str]) -> bool:  # noqa: ARG002
-        """Whether the server of this record still runs, and the backend, if it has one."""
-        refs = [_ref(server)] + ([_ref(server, "backend_")] if "backend_pid" in server else [])
-        return all(ref is not None and ref.alive() for ref in refs)
+    def alive(self, run_dir: Path, server: Mapping[str, str]) -> bool:
+        """Whether the server of this record still runs, and what it reads from, if it has that."""
+        ref = _ref(server)
+        return ref is not None and ref.alive() and backing.alive(run_dir, server)
 
     def clients(self, run_dir: Path, server: Mapping[str, str]) -> list[Client]:
         """Who is connected now; nobody where the server is gone."""
@@ -144,26 +140,16 @@ def _check_unix(exposure: Exposure) -> Exposure:
 
 
 def _serve(program: str, request: ExportRequest) -> Endpoint:
-    backend: dict[str, str] = {}
-    if isinstance(request.source, Qcow2Source):
-        backend = _start_backend(request.source, request.run_dir)
+    behind: Mapping[str, str] = {}
+    if request.writable or isinstance(request.source, Qcow2Source):
+        behind = backing.open_socket(request).record
     if request.exposure.transport == "unix":
         record = _start(program, request, ())
         uri = command.unix_uri(request.run_dir / command.SOCKET)
-        return Endpoint(uri=uri, server={**record, **backend})
+        return Endpoint(uri=uri, server={**record, **behind})
     record = _start_on_port(program, request)
     uri = command.tcp_uri(request.exposure.address, int(record["port"]))
-    return Endpoint(uri=uri, server={**record, **backend})
-
-
-def _start_backend(source: Qcow2Source, folder: Path) -> dict[str, str]:
-    ref = qemu_nbd.start(
-        source,
-        socket_path=folder / command.BACKEND_SOCKET,
-        pid_file=folder / command.BACKEND_PID_FILE,
-        log_path=folder / command.BACKEND_LOG,
-    )
-    return {f"backend_{key}": value for key, value in ref.to_strings().items()}
+    return Endpoint(uri=uri, server={**record, **behind})
 
 
 def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
@@ -194,8 +180,8 @@ def _start(
     return nbdkit.start(built, place, request, writable=request.writable).to_strings()
 
 
-def _ref(server: Mapping[str, str], prefix: str = "") -> procs.ProcessRef | None:
-    fields = {key: server.get(prefix + key, "") for key in ("pid", "start", "boot")}
+def _ref(server: Mapping[str, str]) -> procs.ProcessRef | None:
+    fields = {key: server.get(key, "") for key in ("pid", "start", "boot")}
     return procs.ProcessRef.from_strings(fields)
 
 

@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from offload import procs, qemu_nbd
+from offload import procs
 from offload.target import Client
-from targets.command import BACKEND_PID_FILE, BACKEND_SOCKET, PID_FILE
+from targets.command import PID_FILE
 
 _ESTABLISHED = "01"  # st of /proc/net/tcp: include/net/tcp_states.h
 _CONNECTED = "03"  # St of /proc/net/unix: SS_CONNECTED, include/uapi/linux/net.h
@@ -36,11 +36,6 @@ def end_servers(run_dir: Path, known: procs.ProcessRef | None) -> None:
         ref.end(_GRACE_S)
         with contextlib.suppress(ChildProcessError):  # reap it, if we started it ourselves
             os.waitpid(ref.pid, os.WNOHANG)
-
-
-def end_backend(run_dir: Path) -> None:
-    """End a qemu-nbd behind the server. Idempotent."""
-    qemu_nbd.stop(run_dir / BACKEND_SOCKET, run_dir / BACKEND_PID_FILE)
 
 
 def unix_clients(pid: int, socket_path: Path) -> list[Client]:

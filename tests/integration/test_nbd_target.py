@@ -214,11 +214,11 @@ def test_qcow2_view_reads_the_disk_inside(
         assert client.nbd.get_block_size(nbd.SIZE_MINIMUM) == 4096
         assert bytes(client.nbd.pread(2 * MIB, 0)) == request_.source.path.read_bytes()[: 2 * MIB]
         client.nbd.pwrite(b"w" * 4096, 0)
-    os.kill(int(endpoint.server["backend_pid"]), signal.SIGKILL)
+    os.kill(int(endpoint.server["backing_base_pid"]), signal.SIGKILL)
     backend = procs.ProcessRef(
-        pid=int(endpoint.server["backend_pid"]),
-        start=endpoint.server["backend_start"],
-        boot=endpoint.server["backend_boot"],
+        pid=int(endpoint.server["backing_base_pid"]),
+        start=endpoint.server["backing_base_start"],
+        boot=endpoint.server["backing_base_boot"],
     )
     _wait(lambda: not backend.alive())
     assert not target.alive(request.run_dir, endpoint.server)

@@ -1,0 +1,200 @@
+"""qemu-storage-daemon: QEMU's block layer as an NBD socket or as a file of the FUSE kind.
+
+Options are JSON, so that a comma in a path is no option. The daemon locks what it opens as every
+QEMU does: an image that somebody may write to is no base (BusyError `volume-in-use`), and an
+overlay has one daemon at a time. That is why locks are not gone round (`force-share`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from offload import mountinfo, procs, qemu_nbd, run
+from offload.errors import (
+    BusyError,
+    CleanupError,
+    NotFoundError,
+    OffloadError,
+    UnavailableError,
+)
+
+Node = Mapping[str, object]  # of QEMU's block graph, as `blockdev-add` takes it
+
+_NODE = "view"
+_CLUSTER_BYTES = 64 << 10  # of overlays: a window ends with a whole one
+_READY_S = 30.0  # an overlay of many gigabytes has tables to read
+_GRACE_S = 10.0  # what it holds in memory is written when it ends
+_LOCK_SIGN = "Failed to get"  # … "write" lock, shared "write" lock: QEMU block/file-posix.c
+
+
+def raw_node(path: Path) -> Node:
+    """A raw file or block device, read-only."""
+    device = stat.S_ISBLK(path.stat().st_mode)
+    return {
+        "driver": "host_device" if device else "file",
+        "filename": str(path),
+        "read-only": True,
+    }
+
+
+def nbd_node(socket_path: Path) -> Node:
+    """The default export of an NBD server on a unix socket, read-only."""
+    server = {"type": "unix", "path": str(socket_path)}
+    return {"driver": "nbd", "server": server, "read-only": True}
+
+
+def overlay_node(path: Path, limit_bytes: int, base: Node) -> Node:
+    """A qcow2 file on `base`. What its header says of a backing file does not count.
+
+    A write that would make it larger than `limit_bytes` fails with ENOSPC; the file has to be that
+    long already (sparse), because the daemon's `raw` driver refuses a window past the end.
+    """
+    file = {"driver": "file", "filename": str(path)}
+    window = {"driver": "raw", "size": limit_bytes // _CLUSTER_BYTES * _CLUSTER_BYTES, "file": file}
+    return {"driver": "qcow2", "file": window, "backing": base}
+
+
+def serve_nbd(
+    node: Node, socket_path: Path, *, writable: bool, pid_file: Path, log_path: Path
+) -> procs.ProcessRef:
+    """Serve a node to any number of NBD clients; returns when the socket greets.
+
+    On an error nothing is left. Raises BusyError (`volume-in-use`), NotFoundError
+    (`source-missing`), UnavailableError (`program-missing`, `server-failed`).
+    """
+    server = {"addr": {"type": "unix", "path": str(socket_path)}}
+    export = {"type": "nbd", "name": "", **_common(writable)}
+    options = ["--nbd-server", json.dumps(server), "--export", json.dumps(export)]
+    return _start(node, options, pid_file, log_path, lambda: qemu_nbd.greets(socket_path))
+
+
+def serve_file(
+    node: Node, path: Path, *, writable: bool, pid_file: Path, log_path: Path
+) -> procs.ProcessRef:
+    """Show a node as the file `path` (made for it), to this user alone.
+
+    On an error nothing is left. Raises what `serve_nbd` raises, UnavailableError
+    (`fuse-unavailable`).
+    """
+    if not Path("/dev/fuse").exists():
+        raise UnavailableError(
+            "there is no /dev/fuse on this machine",
+            code="fuse-unavailable",
+            hint="load the module: modprobe fuse; in a container, pass the device on",
+        )
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    export = {"type": "fuse", "mountpoint": str(path), "allow-other": "off", **_common(writable)}
+    try:
+        return _start(
+            node, ["--export", json.dumps(export)], pid_file, log_path, lambda: is_mounted(path)
+        )
+    except BaseException:
+        remove_file(path)
+        raise
+
+
+def stop(pid_file: Path) -> None:
+    """End the daemon of this pid file, whoever started it. Idempotent."""
+    for ref in find(pid_file):
+        ref.end(_GRACE_S)
+    pid_file.unlink(missing_ok=True)
+
+
+def find(pid_file: Path) -> list[procs.ProcessRef]:
+    """Live daemons that were told to write this pid file, by their command lines."""
+    return procs.find_running("qemu-storage-daemon", str(pid_file))
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether a FUSE file is mounted at `path`, also one whose daemon is gone."""
+    found = mountinfo.find_mount(path, mountinfo.mounts())
+    return found is not None and found.kind == "fuse"
+
+
+def remove_file(path: Path) -> None:
+    """Unmount what `serve_file` made, also while somebody has it open, and remove it. Idempotent.
+
+    After its daemon has ended: the file then answers every request with an error, so that nothing
+    waits for it. CleanupError if the kernel refuses.
+    """
+    if is_mounted(path):
+        if os.geteuid() == 0:
+            argv = [run.require_program("umount", "mount"), "--lazy", "--no-canonicalize"]
+        else:
+            argv = [run.require_program("fusermount3", "fuse3"), "-u", "-z"]
+        done = run.run([*argv, str(path)], check=False)
+        if is_mounted(path):
+            raise CleanupError(f"cannot unmount {path}: {done.stderr.strip()}", code="cleanup")
+    path.unlink(missing_ok=True)
+
+
+def _common(writable: bool) -> Node:
+    # write-through: see the guarantees in offload/overlay.py
+    return {"id": "view", "node-name": _NODE, "writable": writable, "writethrough": writable}
+
+
+def _start(
+    node: Node, options: list[str], pid_file: Path, log_path: Path, ready: Callable[[], bool]
+) -> procs.ProcessRef:
+    program = run.require_program("qemu-storage-daemon", "qemu-system-common")
+    blockdev = json.dumps({"node-name": _NODE, **node})
+    argv = [program, "--blockdev", blockdev, *options, "--pidfile", str(pid_file)]
+    pid_file.unlink(missing_ok=True)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        pid = run.spawn_detached(argv, output=log)
+    finally:
+        os.close(log)
+    ref = procs.ref_of(pid)
+    if ref is None:
+        raise _explain(log_path)
+    try:
+        _wait_ready(ref, pid_file, log_path, ready)
+    except BaseException:
+        ref.end(_GRACE_S)
+        raise
+    return ref
+
+
+def _wait_ready(
+    daemon: procs.ProcessRef, pid_file: Path, log_path: Path, ready: Callable[[], bool]
+) -> None:
+    """Its pid file comes when all that it was told to open and to export is there."""
+    until = time.monotonic() + _READY_S
+    while time.monotonic() < until:
+        if not daemon.alive():
+            raise _explain(log_path)
+        if pid_file.exists() and ready():
+            return
+        time.sleep(0.002)
+    raise UnavailableError(
+        f"qemu-storage-daemon did not answer within {_READY_S:g} s", code="server-failed"
+    )
+
+
+def _explain(log_path: Path) -> OffloadError:
+    """What the daemon's words mean: `qemu-storage-daemon: --blockdev {…}: what is wrong`."""
+    words = ""
+    with contextlib.suppress(OSError):
+        words = log_path.read_text(errors="replace").strip()
+    first = words.splitlines()[0] if words else "it said nothing"
+    said = first.rpartition("}: ")[2]
+    if _LOCK_SIGN in words:
+        return BusyError(
+            f"an image of the view is open in another QEMU: {words.rpartition('}: ')[2]}",
+            code="volume-in-use",
+            hint="end what has it open: a VM, or a server that was left behind",
+        )
+    if os.strerror(2) in said:
+        return NotFoundError(f"qemu-storage-daemon: {said}", code="source-missing")
+    if "--export" in first and "fuse" in said.lower():
+        return UnavailableError(
+            f"qemu-storage-daemon cannot make a file: {said}", code="fuse-unavailable"
+        )
+    return UnavailableError(f"qemu-storage-daemon: {said}", code="server-failed")
