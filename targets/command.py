@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import offload
 from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource
+from offload.nbd_tls import Certificates, PreSharedKeys, Tls
 from offload.sources import source_to_dict
 from offload.target import ExportRequest
 
@@ -46,7 +47,7 @@ class Command:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def build(program: str, request: ExportRequest) -> Command:
+def build(program: str, request: ExportRequest, tls: Tls | None) -> Command:
     """The server of the view.
 
     Over TCP the server takes listening sockets over, and so no option says where it listens.
@@ -54,7 +55,7 @@ def build(program: str, request: ExportRequest) -> Command:
     Writes the source's record into the run folder where a plugin needs one.
     """
     folder = request.run_dir
-    argv = _options(program, folder / PID_FILE)
+    argv = [*_options(program, folder / PID_FILE), *_tls_options(tls)]
     if request.exposure.transport != "tcp":
         argv += ["--unix", str(folder / SOCKET)]
     if request.writable:
@@ -79,6 +80,20 @@ def _options(program: str, pid_file: Path) -> list[str]:
     One thread: see above."""
     argv = [program, "--foreground", "--log=stderr", "--pidfile", str(pid_file)]
     return [*argv, "--threads=1"]
+
+
+def _tls_options(tls: Tls | None) -> tuple[str, ...]:
+    """File names only: no secret is on a command line. Without a word nbdkit would take the
+    certificates in /etc/pki/nbdkit, and leave TLS to the client."""
+    match tls:
+        case None:
+            return ("--tls=off",)
+        case PreSharedKeys():
+            return ("--tls=require", f"--tls-psk={tls.path}")
+        case Certificates():
+            verify = ("--tls-verify-peer",) if tls.verify_clients else ()
+            return ("--tls=require", f"--tls-certificates={tls.folder}", *verify)
+    assert_never(tls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +138,19 @@ def unix_uri(path: Path) -> str:
     return f"nbd+unix:///?socket={quote(str(path))}"
 
 
-def tcp_uri(address: str, port: int) -> str:
-    """The NBD URI of the default export on a TCP port; an IPv6 address goes in brackets."""
-    return f"nbd://[{address}]:{port}" if ":" in address else f"nbd://{address}:{port}"
+def tcp_uri(address: str, port: int, tls: Tls | None) -> str:
+    """The NBD URI of the default export on a TCP port; an IPv6 address goes in brackets.
+
+    With pre-shared keys it names the user where there is only one. Where a client's certificate or
+    keys lie is its own to add: `?tls-certificates=`, `?tls-psk-file=`.
+    """
+    host = f"[{address}]" if ":" in address else address
+    if tls is None:
+        return f"nbd://{host}:{port}"
+    user = ""
+    if isinstance(tls, PreSharedKeys) and len(tls.users) == 1:
+        user = quote(tls.users[0], safe="") + "@"
+    return f"nbds://{user}{host}:{port}"
 
 
 def _write_source(path: Path, request: ExportRequest) -> None:

@@ -1,16 +1,19 @@
 """Just enough of an NBD client to ask a server what it exports, and to hang up politely.
 
 Numbers: NBD protocol, doc/proto.md of NetworkBlockDevice/nbd, section "Values". libnbd would do it
-too, at the price of its import in every mount.
+too, at the price of its import in every mount; it is asked where a pre-shared key is needed, which
+Python's TLS has no way to give before 3.13.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+import time
 from dataclasses import dataclass
 
 from offload.errors import UnavailableError
+from offload.nbd_tls import Certificates, PreSharedKeys, Tls, client_context
 
 _NBDMAGIC = 0x4E42444D41474943
 _IHAVEOPT = 0x49484156454F5054
@@ -18,10 +21,12 @@ _REPLY_MAGIC = 0x3E889045565A9
 _REQUEST_MAGIC = 0x25609513
 _FLAG_FIXED_NEWSTYLE = 1  # both handshake flags have the same bits in either direction
 _FLAG_NO_ZEROES = 2
+_OPT_STARTTLS = 5
 _OPT_GO = 7
 _REP_ACK = 1
 _REP_INFO = 3
 _REP_FLAG_ERROR = 1 << 31
+_REP_ERR_TLS_REQD = _REP_FLAG_ERROR + 5
 _INFO_EXPORT = 0
 _INFO_BLOCK_SIZE = 3
 _CMD_DISC = 2
@@ -39,28 +44,103 @@ class Export:
     block_size_minimum: int  # 1 where the server does not tell
 
 
-def ask(address: Address, *, name: str = "", timeout_s: float) -> Export:
+def ask(address: Address, *, name: str = "", tls: Tls | None = None, timeout_s: float) -> Export:
     """Open the export and close it again; the server has let go of it when this returns.
 
-    `address` is a path of a unix socket, or host and port. Raises OSError where nobody answers (a
-    TimeoutError where it takes longer than `timeout_s`), UnavailableError (`server-failed`) where
-    the server speaks no NBD or refuses the export.
+    `address` is a path of a unix socket, or host and port. With `tls` the server must refuse a
+    client without it, and then be the one with these certificates or keys. Raises OSError where
+    nobody answers (a TimeoutError where it takes longer than `timeout_s`), UnavailableError
+    (`server-failed`) where the server speaks no NBD, refuses the export, or is another one.
     """
     with _connect(address, timeout_s) as wire:
-        magic, option, flags = struct.unpack(">QQH", _read(wire, 18))
-        if magic != _NBDMAGIC or option != _IHAVEOPT or not flags & _FLAG_FIXED_NEWSTYLE:
-            raise UnavailableError(f"no NBD server at {address}", code="server-failed")
-        wire.sendall(struct.pack(">I", flags & (_FLAG_FIXED_NEWSTYLE | _FLAG_NO_ZEROES)))
-        export = _go(wire, name)
-        wire.sendall(struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _CMD_DISC, 0, 0, 0))
-        wire.recv(1)  # the end of the stream: the server has closed its side
+        _greet(wire, address)
+        if tls is None:
+            return _asked(wire, name)
+        _send_go(wire, name)
+        kind, _ = _reply(wire)
+        if kind != _REP_ERR_TLS_REQD:
+            raise UnavailableError("the server serves without TLS", code="server-failed")
+        if isinstance(tls, Certificates):
+            return _ask_certified(wire, name, tls)
+    return _ask_with_key(address, name, tls, timeout_s)
+
+
+def _ask_certified(wire: socket.socket, name: str, tls: Certificates) -> Export:
+    import ssl
+
+    _send_option(wire, _OPT_STARTTLS)
+    kind, _ = _reply(wire)
+    if kind != _REP_ACK:
+        raise UnavailableError("the server starts no TLS", code="server-failed")
+    try:
+        with client_context(tls).wrap_socket(wire) as secure:
+            if secure.getpeercert(binary_form=True) != tls.server:
+                raise UnavailableError(
+                    "a server with another certificate answers", code="server-failed"
+                )
+            return _asked(secure, name)
+    except (ssl.SSLError, ConnectionError) as error:
+        raise UnavailableError(f"no TLS with the server: {error}", code="server-failed") from error
+
+
+def _ask_with_key(address: Address, name: str, tls: PreSharedKeys, timeout_s: float) -> Export:
+    import nbd
+
+    until = time.monotonic() + timeout_s
+    handle = nbd.NBD()
+    try:
+        handle.set_export_name(name)
+        handle.set_tls(nbd.TLS_REQUIRE)
+        handle.set_tls_username(tls.users[0])
+        handle.set_tls_psk_file(str(tls.path))
+        if isinstance(address, tuple):
+            handle.aio_connect_tcp(address[0], str(address[1]))
+        else:
+            handle.aio_connect_unix(address)
+        while handle.aio_is_connecting():
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("no TLS within the time")
+            handle.poll(int(left * 1000) + 1)
+        export = Export(
+            size_bytes=handle.get_size(),
+            read_only=handle.is_read_only(),
+            block_size_minimum=handle.get_block_size(nbd.SIZE_MINIMUM) or 1,
+        )
+        handle.shutdown()
         return export
+    except nbd.Error as error:
+        raise UnavailableError(
+            f"no TLS with the server: {error.string}", code="server-failed"
+        ) from error
+
+
+def _greet(wire: socket.socket, address: Address) -> None:
+    magic, option, flags = struct.unpack(">QQH", _read(wire, 18))
+    if magic != _NBDMAGIC or option != _IHAVEOPT or not flags & _FLAG_FIXED_NEWSTYLE:
+        raise UnavailableError(f"no NBD server at {address}", code="server-failed")
+    wire.sendall(struct.pack(">I", flags & (_FLAG_FIXED_NEWSTYLE | _FLAG_NO_ZEROES)))
+
+
+def _asked(wire: socket.socket, name: str) -> Export:
+    export = _go(wire, name)
+    wire.sendall(struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _CMD_DISC, 0, 0, 0))
+    wire.recv(1)  # the end of the stream: the server has closed its side
+    return export
+
+
+def _send_go(wire: socket.socket, name: str) -> None:
+    label = name.encode()
+    ask_for = struct.pack(">HH", 1, _INFO_BLOCK_SIZE)
+    _send_option(wire, _OPT_GO, struct.pack(">I", len(label)) + label + ask_for)
+
+
+def _send_option(wire: socket.socket, number: int, data: bytes = b"") -> None:
+    wire.sendall(struct.pack(">QII", _IHAVEOPT, number, len(data)) + data)
 
 
 def _go(wire: socket.socket, name: str) -> Export:
-    label = name.encode()
-    data = struct.pack(">I", len(label)) + label + struct.pack(">HH", 1, _INFO_BLOCK_SIZE)
-    wire.sendall(struct.pack(">QII", _IHAVEOPT, _OPT_GO, len(data)) + data)
+    _send_go(wire, name)
     size, flags, minimum = -1, 0, 1
     while True:
         kind, payload = _reply(wire)

@@ -21,21 +21,24 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from offload import procs, run
+from offload import nbd_tls, procs, run
 from offload.errors import (
     BusyError,
     CleanupError,
+    ConfigError,
     NotFoundError,
     UsageError,
 )
 from offload.instance import Instance
 from offload.model import Exposure, Qcow2Source, RawSource
+from offload.nbd_tls import Certificates, Tls
 from offload.target import Client, Endpoint, ExportRequest
 from targets import backing, command, listen, nbdkit, processes
 
 
 class NbdTarget:
-    """Presents views over NBD, on a unix socket or on a TCP port of the loopback interface."""
+    """Presents views over NBD: on a unix socket, on a TCP port of the loopback interface, with TLS
+    on one of any interface."""
 
     name = "nbd"
 
@@ -45,8 +48,10 @@ class NbdTarget:
     def check(self, exposure: Exposure) -> Exposure:
         """Refuse what cannot be served; see `offload.target`.
 
-        Raises UsageError (`bad-transport`, `not-loopback`, `bad-port`), UnavailableError
-        (`program-missing`, `port-taken`).
+        Raises UsageError (`bad-transport`, `tcp-only`, `iscsi-only`, `bad-address`, `bad-port`,
+        `bad-network`, `not-loopback`), PrivilegeError, UnavailableError (`program-missing`,
+        `port-taken`, `bad-address`), ConfigError (`clients-unchecked`, and what
+        `offload.nbd_tls.load` raises).
         """
         transport = exposure.transport or "unix"
         if transport not in {"unix", "tcp"}:
@@ -55,26 +60,34 @@ class NbdTarget:
                 code="bad-transport",
                 hint="it has unix and tcp",
             )
+        if exposure.initiators or exposure.insecure_network:
+            raise UsageError(
+                "initiators and insecure networks are for iSCSI",
+                code="iscsi-only",
+                hint="NBD has TLS and client addresses",
+            )
         run.require_program("nbdkit", "nbdkit")
         exposure = replace(exposure, transport=transport)
         return self._check_tcp(exposure) if transport == "tcp" else _check_unix(exposure)
 
     def _check_tcp(self, asked: Exposure) -> Exposure:
         address = listen.parse_address(asked.address or self._config.address)
-        if not address.is_loopback:
-            raise UsageError(
-                f"{address} is no loopback address: NBD without TLS has neither authentication nor "
-                "encryption",
-                code="not-loopback",
-                hint="use 127.0.0.1 or ::1, or the unix socket through an SSH tunnel",
-            )
         found = replace(
             asked,
             address=str(address),
             allow=listen.parse_networks(asked.allow or self._config.allow),
+            tls=asked.tls or self._config.tls,
         )
+        tls = self._tls(found)
+        if not address.is_loopback:
+            _check_network(found, tls)
         listen.check_tcp(found.address, found.port, found.allow)
         return found
+
+    def _tls(self, exposure: Exposure) -> Tls | None:
+        if exposure.tls in {"", "off"}:
+            return None
+        return nbd_tls.load(self._config, exposure.tls)
 
     def export(self, request: ExportRequest) -> Endpoint:
         """Present the image; see `offload.target`.
@@ -95,7 +108,7 @@ class NbdTarget:
                 f"the folder {request.run_dir} belongs to another view", code="view-exists"
             ) from None
         try:
-            return _serve(program, request)
+            return _serve(program, request, self._tls(request.exposure))
         except BaseException:
             self.withdraw(request.run_dir, {})
             raise
@@ -139,20 +152,38 @@ def _check_unix(exposure: Exposure) -> Exposure:
     return replace(exposure, tls="")
 
 
-def _serve(program: str, request: ExportRequest) -> Endpoint:
+def _check_network(exposure: Exposure, tls: Tls | None) -> None:
+    """Outside loopback nobody may read a view who has not proved to be allowed to."""
+    if tls is None:
+        raise UsageError(
+            f"{exposure.address} is no loopback address: NBD without TLS has neither "
+            "authentication nor encryption",
+            code="not-loopback",
+            hint="set tls in [nbd] or say --tls; or use 127.0.0.1 or ::1 through an SSH tunnel",
+        )
+    if isinstance(tls, Certificates) and not (tls.verify_clients or exposure.allow):
+        raise ConfigError(
+            f"whoever reaches {exposure.address} could read the view: clients are neither "
+            "verified nor named",
+            code="clients-unchecked",
+            hint="set verify_clients = true in [nbd], or name the clients in allow",
+        )
+
+
+def _serve(program: str, request: ExportRequest, tls: Tls | None) -> Endpoint:
     behind: Mapping[str, str] = {}
     if request.writable or isinstance(request.source, Qcow2Source):
         behind = backing.open_socket(request).record
     if request.exposure.transport == "unix":
-        record = _start(program, request, ())
+        record = _start(program, request, (), None)
         uri = command.unix_uri(request.run_dir / command.SOCKET)
         return Endpoint(uri=uri, server={**record, **behind})
-    record = _start_on_port(program, request)
-    uri = command.tcp_uri(request.exposure.address, int(record["port"]))
+    record = _start_on_port(program, request, tls)
+    uri = command.tcp_uri(request.exposure.address, int(record["port"]), tls)
     return Endpoint(uri=uri, server={**record, **behind})
 
 
-def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
+def _start_on_port(program: str, request: ExportRequest, tls: Tls | None) -> dict[str, str]:
     """The server is asked what it exports over a second socket, in the view's folder: this process
     need not be one of the clients that are served."""
     exposure = request.exposure
@@ -160,23 +191,25 @@ def _start_on_port(program: str, request: ExportRequest) -> dict[str, str]:
     with ExitStack() as held:
         public = held.enter_context(listen.tcp(exposure.address, exposure.port, exposure.allow))
         port: int = public.getsockname()[1]
-        record = _start(program, request, (public, held.enter_context(listen.unix(private))))
+        listening = public, held.enter_context(listen.unix(private))
+        record = _start(program, request, listening, tls)
     private.unlink()
     return {**record, "address": exposure.address, "port": str(port)}
 
 
 def _start(
-    program: str, request: ExportRequest, listening: tuple[socket.socket, ...]
+    program: str, request: ExportRequest, listening: tuple[socket.socket, ...], tls: Tls | None
 ) -> dict[str, str]:
     """Start one server and wait until it serves what was asked; on an error it is ended."""
     folder = request.run_dir
     place = nbdkit.Place(
         address=str(folder / command.SOCKET),
         listening=listening,
+        tls=tls,
         pid_file=folder / command.PID_FILE,
         log=folder / command.LOG,
     )
-    built = command.build(program, request)
+    built = command.build(program, request, tls)
     return nbdkit.start(built, place, request, writable=request.writable).to_strings()
 
 

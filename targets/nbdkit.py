@@ -14,6 +14,7 @@ from pathlib import Path
 from offload import errors, procs, run
 from offload.errors import IntegrityError, OffloadError, UnavailableError
 from offload.model import BackupSource
+from offload.nbd_tls import Tls
 from offload.target import ExportRequest
 from targets import handshake
 from targets.command import Command
@@ -28,6 +29,7 @@ class Place:
 
     address: handshake.Address
     listening: tuple[socket.socket, ...] = ()  # none: it makes its own, by its command line
+    tls: Tls | None = None
     pid_file: Path
     log: Path
 
@@ -92,9 +94,9 @@ def _wait_ready(server: procs.ProcessRef, place: Place, request: ExportRequest) 
             raise _explain(place, request)
         if place.pid_file.exists():
             try:
-                return handshake.ask(place.address, timeout_s=left)
+                return handshake.ask(place.address, tls=place.tls, timeout_s=left)
             except UnavailableError as error:
-                raise _explain(place, request) from error
+                raise _explain(place, request, error.message) from error
             except OSError:
                 pass  # it listens but does not serve yet, or it has just ended
         time.sleep(0.002)
@@ -105,8 +107,8 @@ def _wait_ready(server: procs.ProcessRef, place: Place, request: ExportRequest) 
     )
 
 
-def _explain(place: Place, request: ExportRequest) -> OffloadError:
-    """What the server's last words mean."""
+def _explain(place: Place, request: ExportRequest, what: str = "it said nothing") -> OffloadError:
+    """What the server's last words mean; `what` is said where it had none."""
     words = _read_log(place)
     for line in words.splitlines():
         if line.startswith("offload-error "):
@@ -118,7 +120,8 @@ def _explain(place: Place, request: ExportRequest) -> OffloadError:
             hint="install it: apt-get install nbdkit-plugin-python",
         )
     return UnavailableError(
-        f"the server of view {request.name} failed: {_last_words(place)}", code="server-failed"
+        f"the server of view {request.name} failed: {_last_words(place) or what}",
+        code="server-failed",
     )
 
 
@@ -137,4 +140,4 @@ def _read_log(place: Place) -> str:
 
 def _last_words(place: Place) -> str:
     lines = _read_log(place).splitlines()
-    return lines[-1].strip() if lines else "it said nothing"
+    return lines[-1].strip() if lines else ""
