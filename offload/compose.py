@@ -29,7 +29,10 @@ PROVIDERS = {
     "qcow2": "offload.snapshots.qcow2:Qcow2Provider",
     "device": "offload.snapshots.device:DeviceProvider",
 }
-TARGETS = {"nbd": "targets.nbd:NbdTarget"}
+TARGETS = {
+    "nbd": "targets.nbd:NbdTarget",
+    "tgt": "targets.tgt:TgtTarget",
+}
 STORES = {"disk": "offload.stores.disk:DiskStore"}
 
 
