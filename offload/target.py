@@ -53,7 +53,7 @@ class Client:
     """One connected client: an NBD connection or an iSCSI session."""
 
     address: str
-    name: str = ""  # iSCSI: the initiator's IQN
+    name: str = ""  # iSCSI: the initiator's IQN; NBD on a unix socket: the program
     pid: int | None = None
 
 

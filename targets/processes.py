@@ -10,6 +10,7 @@ from pathlib import Path
 
 from offload import procs
 from offload.target import Client
+from targets import unix_peers
 from targets.command import PID_FILE
 
 _ESTABLISHED = "01"  # st of /proc/net/tcp: include/net/tcp_states.h
@@ -39,15 +40,22 @@ def end_servers(run_dir: Path, known: procs.ProcessRef | None) -> None:
 
 
 def unix_clients(pid: int, socket_path: Path) -> list[Client]:
-    """Connections that the server has taken on its socket."""
+    """Connections that the server has taken on its socket, with the processes that hold them."""
     wanted = str(socket_path)
-    found = []
+    inodes = []
     for line in _table(pid, "unix"):
         # Num RefCount Protocol Flags Type St Inode Path
         columns = line.split(maxsplit=7)
         if len(columns) == 8 and columns[7] == wanted and columns[5] == _CONNECTED:
-            found.append(Client(address="unix"))
-    return found
+            inodes.append(int(columns[6]))
+    known = unix_peers.processes(inodes)
+    return [_unix_client(known.get(inode)) for inode in inodes]
+
+
+def _unix_client(process: unix_peers.Process | None) -> Client:
+    if process is None:
+        return Client(address="unix")
+    return Client(address="unix", name=process.name, pid=process.pid)
 
 
 def tcp_clients(pid: int, address: str, port: int) -> list[Client]:
@@ -57,9 +65,10 @@ def tcp_clients(pid: int, address: str, port: int) -> list[Client]:
     for line in _table(pid, "tcp6" if here.version == 6 else "tcp"):
         # sl local_address rem_address st …
         columns = line.split()
-        local, remote, state = columns[1:4]
-        if state == _ESTABLISHED and _endpoint(local) == (here, port):
-            host, number = _endpoint(remote)
+        state = columns[3]
+        host, number = _endpoint(columns[1])
+        if state == _ESTABLISHED and number == port and (here.is_unspecified or host == here):
+            host, number = _endpoint(columns[2])
             found.append(
                 Client(address=f"[{host}]:{number}" if here.version == 6 else f"{host}:{number}")
             )
