@@ -32,6 +32,7 @@ PROVIDERS = {
 TARGETS = {
     "nbd": "targets.nbd:NbdTarget",
     "tgt": "targets.tgt:TgtTarget",
+    "lio": "targets.lio:LioTarget",
 }
 STORES = {"disk": "offload.stores.disk:DiskStore"}
 
