@@ -225,6 +225,7 @@ class OverlayConfig(_Model):
     folder: Path | None = None  # default: `overlays` in the state folder
     limit: str = "20GiB"  # of one view, unless `mount --overlay-limit` says otherwise
     alarm: str = "80%"  # of the limit: from here on `status` and `watch` warn
+    min_free: str = "1GiB"  # of the folder's file system: below it no writable view is mounted
 
     @field_validator("folder")
     @classmethod
@@ -237,7 +238,7 @@ class OverlayConfig(_Model):
         parse_size(value)
         return value
 
-    @field_validator("alarm")
+    @field_validator("alarm", "min_free")
     @classmethod
     def _share(cls, value: str) -> str:
         Watermark.parse(value)

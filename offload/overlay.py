@@ -38,8 +38,8 @@ from offload.target import Overlay
 
 CLUSTER_BYTES = 64 << 10
 _FORMAT = f"cluster_size={CLUSTER_BYTES},extended_l2=on"
-# What an overlay needs beside its empty tables before a write of one cluster is sure to fit.
-_ROOM_BYTES = 1 << 20
+# Beside the empty tables of its image, before a write of one cluster is sure to fit.
+LIMIT_MIN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def usage(overlay: Overlay) -> Usage | None:
 
 def _set_limit(overlay: Overlay) -> None:
     """The file is as long as it may become, and sparse: see `qemu_storage.overlay_node`."""
-    needed = overlay.path.stat().st_size + _ROOM_BYTES
+    needed = overlay.path.stat().st_size + LIMIT_MIN_BYTES
     if overlay.limit_bytes < needed:
         raise UsageError(
             f"an overlay of {show_size(overlay.limit_bytes)} is too small for this image",

@@ -112,9 +112,10 @@ def find(pid_file: Path) -> list[procs.ProcessRef]:
 
 
 def is_mounted(path: Path) -> bool:
-    """Whether a FUSE file is mounted at `path`, also one whose daemon is gone."""
-    found = mountinfo.find_mount(path, mountinfo.mounts())
-    return found is not None and found.kind == "fuse"
+    """Whether a FUSE file is mounted at `path`, also one whose daemon is gone or hangs: the file
+    itself is not asked."""
+    real = path.parent.resolve() / path.name
+    return any(m.point == real and m.kind == "fuse" for m in mountinfo.mounts())
 
 
 def remove_file(path: Path) -> None:

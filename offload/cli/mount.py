@@ -187,6 +187,7 @@ def views(ctx: click.Context) -> None:
             entry.view.id,
             _state(entry),
             show_size(entry.view.size_bytes),
+            _written(entry),
             show_time(entry.view.created_at),
             entry.view.origin,
             entry.view.uri,
@@ -199,10 +200,11 @@ def views(ctx: click.Context) -> None:
             "state": entry.view.state if entry.alive else "dead",
             "alive": entry.alive,
             "clients": entry.clients,
+            "overlay": entry.overlay,
         }
         for entry in found
     ]
-    header = ["name", "id", "state", "size", "mounted", "origin", "uri"]
+    header = ["name", "id", "state", "size", "written", "mounted", "origin", "uri"]
     emit(settings, data, lambda: table(header, rows, "no views are mounted"))
 
 
@@ -211,6 +213,15 @@ def _state(entry: ViewStatus) -> str:
         return "dead"
     mode = "writable" if entry.view.writable else "read-only"
     return f"{mode}, {len(entry.clients)} clients" if entry.clients else mode
+
+
+def _written(entry: ViewStatus) -> str:
+    """How full the overlay is, `12.0 MiB of 20.0 GiB`."""
+    if not entry.view.writable:
+        return "-"
+    if entry.overlay is None:
+        return "overlay is gone"
+    return f"{show_size(entry.overlay.used_bytes)} of {show_size(entry.overlay.limit_bytes)}"
 
 
 def view_fields(view: View) -> dict[str, Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--orphans",
     is_flag=True,
-    help="Also delete snapshots of this instance that the catalog does not know.",
+    help="Also delete snapshots and overlays of this instance that the catalog does not know.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--yes", is_flag=True, help="With --orphans: do not ask.")
@@ -40,7 +40,7 @@ def recover(ctx: click.Context, orphans: bool, dry_run: bool, yes: bool) -> None
     settings = settings_of(ctx)
     with only_context(settings) as context:
         if orphans and not dry_run and service.find_orphans(context):
-            confirm(settings, "Delete the snapshots that --dry-run shows as orphans?", yes=yes)
+            confirm(settings, "Delete what --dry-run shows as orphans?", yes=yes)
         report = service.recover(context, orphans=orphans, dry_run=dry_run)
     emit(settings, _data(report, dry_run), lambda: _show(report, dry_run))
 
@@ -77,6 +77,7 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
     for orphan in report.orphans:
         where = " ".join(f"{key}={value}" for key, value in orphan.ref.items())
         fate = "deleted" if report.orphans_deleted else "left alone (--orphans deletes it)"
-        click.echo(f"orphan {orphan.provider} snapshot {where}: {fate}")
+        what = " ".join(word for word in ("orphan", orphan.provider, orphan.kind) if word)
+        click.echo(f"{what} {where}: {fate}")
     if not (report.undone or report.remounted or report.warnings or report.orphans):
         click.echo("nothing to recover")

@@ -37,13 +37,12 @@ from offload.journal import Operation
 from offload.model import Exposure, View, ViewId, ViewState
 from offload.origin import NAME, Origin, OriginKind, parse_origin
 from offload.overlay import Usage
-from offload.progress import Progress
-from offload.quantity import parse_size
-from offload.services import points, timemark
+from offload.progress import NoProgress, Progress
+from offload.services import overlays, points, timemark
 from offload.services.context import Context
 from offload.services.points import Point
 from offload.services.undo import dump
-from offload.target import Client, ExportRequest, Overlay, Target
+from offload.target import Client, ExportRequest, Target
 
 _NAME_MAX = 63
 _SHORT_ID = 4  # characters of an id that a view's name shows
@@ -86,8 +85,8 @@ def mount(
 ) -> list[View]:
     """Present what `origins` name, all or none; a group's name takes a fresh TimeMark of it.
 
-    Raises UsageError, NotFoundError, BusyError (`name-taken`, `timemark-going`), and what the
-    TimeMark and the target raise.
+    Raises UsageError, NotFoundError, BusyError (`name-taken`, `timemark-going`), PolicyError
+    (`overlays-full`), and what the TimeMark and the target raise.
     """
     options = options or MountOptions()
     wanted = [parse_origin(text) for text in origins]
@@ -103,12 +102,14 @@ def mount(
             known = ctx.catalog.timemark(origin.id)
             holds.enter_context(hold_timemark(ctx.instance, known.id))
             found += points.of_timemark(ctx, origin)
+        for warning in overlays.warnings(ctx, (options.overlay_limit_bytes or 0) * len(found)):
+            (progress or NoProgress()).message(warning)
         taken = {view.name for view in ctx.catalog.views()}
         views = []
         for number, point in enumerate(found, 1):
             name = options.name or _free_name(point, taken)
             taken.add(name)
-            view = _planned(ctx, point, name, options)
+            view = _planned(point, name, options)
             _make_overlay(ctx, op, number, view)
             op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
             view = _exported(ctx, view, view.exposure)
@@ -163,7 +164,7 @@ def views(ctx: Context) -> list[ViewStatus]:
         target = targets[view.target]
         alive = target.alive(run_dir, view.server)
         clients = tuple(target.clients(run_dir, view.server)) if alive else ()
-        used = overlay.usage(_overlay(ctx.instance, view)) if view.writable else None
+        used = overlays.usage_of(ctx.instance, view)
         found.append(ViewStatus(view=view, alive=alive, clients=clients, overlay=used))
     return found
 
@@ -181,7 +182,8 @@ def remount(ctx: Context) -> Remounted:
         try:
             served.append(_serve_again(ctx, view))
         except OffloadError as error:
-            warnings.append(f"view {view.name} cannot be served again: {error.message}")
+            way_out = f" ({error.hint})" if error.hint else ""
+            warnings.append(f"view {view.name} cannot be served again: {error.message}{way_out}")
     return Remounted(views=tuple(served), warnings=tuple(warnings))
 
 
@@ -197,8 +199,10 @@ def undo_server(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
 
 
 def undo_overlay(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """Remove what was written to a view that is gone, or never came to be."""
-    overlay.remove(Path(args["path"]))
+    """Remove what was written to a view that is gone, or never came to be. One that stays, because
+    its unmount was cut off before all its intents were durable, keeps it."""
+    if all(view.id != args["id"] for view in catalog.views()):
+        overlay.remove(Path(args["path"]))
 
 
 # -- before anything is changed ---------------------------------------------------------------
@@ -221,7 +225,8 @@ def _check(ctx: Context, wanted: Sequence[Origin], options: MountOptions) -> Mou
             )
     if options.name is not None:
         _check_name(ctx, options.name)
-    return replace(options, exposure=exposure)
+    limit = overlays.limit_of(ctx, options.overlay_limit_bytes) if options.writable else None
+    return replace(options, exposure=exposure, overlay_limit_bytes=limit)
 
 
 def _check_name(ctx: Context, name: str) -> None:
@@ -284,9 +289,8 @@ def _free_name(point: Point, taken: set[str]) -> str:
 # -- servers and rows -------------------------------------------------------------------------
 
 
-def _planned(ctx: Context, point: Point, name: str, options: MountOptions) -> View:
+def _planned(point: Point, name: str, options: MountOptions) -> View:
     """The view before it is served: its id is journalled first."""
-    limit = options.overlay_limit_bytes or parse_size(ctx.instance.config.overlays.limit)
     return View(
         id=ViewId(new_id()),
         name=name,
@@ -299,7 +303,7 @@ def _planned(ctx: Context, point: Point, name: str, options: MountOptions) -> Vi
         created_at=datetime.now(UTC),
         source=point.source,
         exposure=options.exposure,
-        overlay_limit_bytes=limit if options.writable else 0,
+        overlay_limit_bytes=options.overlay_limit_bytes or 0,
     )
 
 
@@ -307,17 +311,12 @@ def _make_overlay(ctx: Context, op: Operation, number: int, view: View) -> None:
     if not view.writable:
         return
     op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
-    overlay.create(_overlay(ctx.instance, view), view.size_bytes)
+    overlay.create(overlays.overlay_of(ctx.instance, view), view.size_bytes)
     op.done(f"overlay-{number}")
 
 
-def _overlay(instance: Instance, view: View) -> Overlay:
-    path = instance.overlays_dir / f"{view.id}.qcow2"
-    return Overlay(path=path, limit_bytes=view.overlay_limit_bytes)
-
-
 def _overlay_args(ctx: Context, view: View) -> dict[str, str]:
-    return {"path": str(_overlay(ctx.instance, view).path)}
+    return {"id": view.id, "path": str(overlays.overlay_of(ctx.instance, view).path)}
 
 
 def _exported(ctx: Context, view: View, exposure: Exposure) -> View:
@@ -329,7 +328,7 @@ def _exported(ctx: Context, view: View, exposure: Exposure) -> View:
             source=view.source,
             run_dir=_run_dir(ctx, view.id),
             exposure=exposure,
-            overlay=_overlay(ctx.instance, view) if view.writable else None,
+            overlay=overlays.overlay_of(ctx.instance, view) if view.writable else None,
         )
     )
     return replace(view, uri=endpoint.uri, server=endpoint.server)
@@ -356,7 +355,7 @@ def _take_away(ctx: Context, op: Operation, number: int, view: View) -> None:
     target.withdraw(_run_dir(ctx, view.id), view.server)
     op.done(f"server-{number}")
     if view.writable:
-        overlay.remove(_overlay(ctx.instance, view).path)
+        overlay.remove(overlays.overlay_of(ctx.instance, view).path)
         op.done(f"overlay-{number}")
     ctx.catalog.delete_view(view.id)
     op.done(f"row-{number}")

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from json import dumps
+from pathlib import Path
 
 from offload import compose
 from offload.errors import OffloadError
 from offload.journal import Leftover
 from offload.model import View
-from offload.services import mount
+from offload.services import mount, overlays
 from offload.services.context import Context
+
+
+class OrphanKind(StrEnum):
+    """What may be left that nobody knows."""
+
+    SNAPSHOT = "snapshot"
+    OVERLAY = "overlay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphan:
-    """A snapshot that bears this instance's name and that the catalog does not know."""
+    """Something that bears this instance's name and that the catalog does not know.
 
-    provider: str
+    `ref` is the provider's address of a snapshot, or the path of an overlay.
+    """
+
+    kind: OrphanKind = OrphanKind.SNAPSHOT
+    provider: str = ""
     ref: Mapping[str, str]
 
 
@@ -34,12 +47,22 @@ class RecoverReport:
 
 
 def find_orphans(ctx: Context) -> list[Orphan]:
-    """Snapshots with this instance's name that no TimeMark knows, while nothing runs.
+    """Snapshots with this instance's name that no TimeMark knows, and overlays that no view has,
+    while nothing runs.
 
-    They are never deleted unasked: with a lost catalog they are the last TimeMarks there are.
+    They are never deleted unasked: with a lost catalog they are the last TimeMarks there are, and
+    all that is left of what was written to views.
     """
     if ctx.journal.running():
         return []
+    stray = [
+        Orphan(kind=OrphanKind.OVERLAY, ref={"path": str(path)})
+        for path in overlays.find_orphans(ctx)
+    ]
+    return [*_find_snapshots(ctx), *stray]
+
+
+def _find_snapshots(ctx: Context) -> list[Orphan]:
     known = {
         dumps(dict(snapshot.ref), sort_keys=True)
         for timemark in ctx.catalog.timemarks()
@@ -80,7 +103,7 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
     stray = find_orphans(ctx)
     if orphans:
         for orphan in stray:
-            compose.snapshot_provider(orphan.provider, ctx.instance.id).delete(dict(orphan.ref))
+            _delete(ctx, orphan)
     return RecoverReport(
         undone=tuple(undone),
         remounted=remounted.views,
@@ -88,3 +111,11 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
         orphans=tuple(stray),
         orphans_deleted=orphans,
     )
+
+
+def _delete(ctx: Context, orphan: Orphan) -> None:
+    match orphan.kind:
+        case OrphanKind.SNAPSHOT:
+            compose.snapshot_provider(orphan.provider, ctx.instance.id).delete(dict(orphan.ref))
+        case OrphanKind.OVERLAY:
+            overlays.delete_orphan(Path(orphan.ref["path"]))

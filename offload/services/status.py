@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from offload.journal import Leftover
 from offload.model import Backup, TimeMark
 from offload.quantity import show_size
-from offload.services import mount
+from offload.services import mount, overlays
 from offload.services.context import Context
 from offload.services.pools import survey
 from offload.services.volumes import VolumeReport, look_at_all
@@ -99,6 +99,7 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
         *_volume_alarms(reports),
         *_pool_alarms(pools),
         *(f"view {view.name} is not served: offload recover" for view in views if not view.alive),
+        *overlays.alarms(context),
         *_backup_alarms(context, known),
         *(f"{entry.kind} {entry.subject} was cut off: offload recover" for entry in leftovers),
     ]

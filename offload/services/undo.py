@@ -23,7 +23,7 @@ ACTIONS = {
     "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
-    "remove-overlay": "offload.services.mount:undo_overlay",  # path
+    "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
     "stop-server": "offload.services.mount:undo_server",  # id, target, run_dir
     "abort-backup": "offload.services.backup:undo_backup",  # store_url, backup
     "delete-backup": "offload.services.backups:undo_delete",  # store_url, backup, timemark
