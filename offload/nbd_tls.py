@@ -257,7 +257,7 @@ def _load_keys(path: Path) -> PreSharedKeys:
     except UnicodeDecodeError as error:
         raise _no_keys(path, "it is no text") from error
     users: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line:
             continue
         found = _PSK_LINE.fullmatch(line)
@@ -279,12 +279,14 @@ def _read(path: Path, *, private: bool = False) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise _missing(path, error) from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         if private:
             check_private(fd, path, "key")
         elif not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ConfigError(f"{path} is no regular file", code="tls-file-missing")
-        raw = file.read(_MAX_BYTES + 1)
+        raw = os.read(fd, _MAX_BYTES + 1)  # of a regular file: all of it, read(2)
+    finally:
+        os.close(fd)
     if len(raw) > _MAX_BYTES:
         raise _invalid(path, "it is too large")
     return raw
