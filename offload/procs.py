@@ -70,13 +70,17 @@ class ProcessRef:
 
 
 def start_time(pid: int) -> str | None:
-    """Start time of a live process in clock ticks after boot, or None (gone, or a zombie)."""
+    """Start time of a live process in clock ticks after boot, or None (gone, or a zombie).
+
+    One whose first thread has ended lives as long as another one: what it had open is still open.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     fields = stat.rpartition(")")[2].split()  # the name may hold spaces and brackets
-    return None if fields[0] in "ZX" else fields[19]
+    threads = int(fields[17])  # proc(5): field 20, num_threads; the state is field 3
+    return None if fields[0] in "ZX" and threads <= 1 else fields[19]
 
 
 def ref_of(pid: int) -> ProcessRef | None:
