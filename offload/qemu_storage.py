@@ -1,8 +1,9 @@
 """qemu-storage-daemon: QEMU's block layer as an NBD socket or as a file of the FUSE kind.
 
-Options are JSON, so that a comma in a path is no option. The daemon locks what it opens as every
-QEMU does: an image that somebody may write to is no base (BusyError `volume-in-use`), and an
-overlay has one daemon at a time. That is why locks are not gone round (`force-share`).
+Options are JSON, so that a comma in a path is no option. The daemon locks an overlay as every QEMU
+does: it has one daemon at a time (BusyError `overlay-in-use`). What it lies upon is shared with
+writers, as far as locks go: origins are snapshots, and where one is the volume itself (provider
+`device`), a view must not keep its VM from starting. So no lock need be gone round.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Node = Mapping[str, object]  # of QEMU's block graph, as `blockdev-add` takes it
 
 _NODE = "view"
 _CLUSTER_BYTES = 64 << 10  # of overlays: a window ends with a whole one
+_FUSE = Path("/dev/fuse")
 _READY_S = 30.0  # an overlay of many gigabytes has tables to read
 _GRACE_S = 10.0  # what it holds in memory is written when it ends
 _LOCK_SIGN = "Failed to get"  # … "write" lock, shared "write" lock: QEMU block/file-posix.c
@@ -65,7 +67,7 @@ def serve_nbd(
 ) -> procs.ProcessRef:
     """Serve a node to any number of NBD clients; returns when the socket greets.
 
-    On an error nothing is left. Raises BusyError (`volume-in-use`), NotFoundError
+    On an error nothing is left. Raises BusyError (`overlay-in-use`), NotFoundError
     (`source-missing`), UnavailableError (`program-missing`, `server-failed`).
     """
     server = {"addr": {"type": "unix", "path": str(socket_path)}}
@@ -82,9 +84,9 @@ def serve_file(
     On an error nothing is left. Raises what `serve_nbd` raises, UnavailableError
     (`fuse-unavailable`).
     """
-    if not Path("/dev/fuse").exists():
+    if not _FUSE.exists():
         raise UnavailableError(
-            "there is no /dev/fuse on this machine",
+            f"there is no {_FUSE} on this machine",
             code="fuse-unavailable",
             hint="load the module: modprobe fuse; in a container, pass the device on",
         )
@@ -188,9 +190,9 @@ def _explain(log_path: Path) -> OffloadError:
     said = first.rpartition("}: ")[2]
     if _LOCK_SIGN in words:
         return BusyError(
-            f"an image of the view is open in another QEMU: {words.rpartition('}: ')[2]}",
-            code="volume-in-use",
-            hint="end what has it open: a VM, or a server that was left behind",
+            f"the overlay is open in another QEMU: {' '.join(words.rpartition('}: ')[2].split())}",
+            code="overlay-in-use",
+            hint="end what has it open, perhaps a server that was left behind",
         )
     if os.strerror(2) in said:
         return NotFoundError(f"qemu-storage-daemon: {said}", code="source-missing")

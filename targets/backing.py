@@ -28,7 +28,7 @@ from pathlib import Path
 
 from offload import procs, qemu_nbd, qemu_storage, run
 from offload.blockdev import device_size
-from offload.errors import NotFoundError, UnavailableError
+from offload.errors import CleanupError, NotFoundError, UnavailableError
 from offload.model import Qcow2Source, RawSource
 from offload.qemu_storage import Node
 from offload.target import ExportRequest, Overlay
@@ -59,9 +59,9 @@ def open_socket(request: ExportRequest) -> Backing:
     """The bytes of the view over NBD, as the default export of a unix socket in its folder.
 
     On an error nothing is left but the folder, which the caller made. Raises NotFoundError
-    (`source-missing`, `overlay-missing`), BusyError (`volume-in-use`), IntegrityError
-    (`size-mismatch`), UnavailableError (`program-missing`, `server-failed`), and whatever opening
-    the image raises.
+    (`source-missing`, `overlay-missing`), BusyError (`volume-in-use`, `overlay-in-use`),
+    IntegrityError (`size-mismatch`), UnavailableError (`program-missing`, `server-failed`), and
+    whatever opening the image raises.
     """
     with _closed_on_error(request):
         if request.overlay is None:
@@ -99,18 +99,16 @@ def close(run_dir: Path, server: Mapping[str, str]) -> None:
     """End what either started and remove its files; `server` may be empty. Idempotent.
 
     After the target's own server: what has the file or the socket open gets errors from now on.
-    Raises CleanupError if a file cannot be unmounted.
+    Raises CleanupError if a file cannot be unmounted or removed.
     """
     if server and not any(key.startswith((_DAEMON, _OLD)) for key in server):
         return
-    qemu_storage.stop(run_dir / _PID_FILE)
-    qemu_storage.remove_file(run_dir / _FILE)
-    for ref in procs.find_running("nbdkit", str(run_dir / command.BASE_PID_FILE)):
-        ref.end(_GRACE_S)
-    qemu_nbd.stop(run_dir / command.BACKEND_SOCKET, run_dir / command.BACKEND_PID_FILE)
-    for name in (command.OVERLAY_SOCKET, _LOG, command.BACKEND_LOG, command.BASE_SOCKET,
-                 command.BASE_PID_FILE, _BASE_LOG, command.SOURCE):  # fmt: skip
-        (run_dir / name).unlink(missing_ok=True)
+    try:
+        _close(run_dir)
+    except OSError as error:
+        raise CleanupError(
+            f"cannot remove {error.filename or run_dir}: {error.strerror}", code="cleanup"
+        ) from error
 
 
 def alive(run_dir: Path, server: Mapping[str, str]) -> bool:  # noqa: ARG001
@@ -123,6 +121,17 @@ def alive(run_dir: Path, server: Mapping[str, str]) -> bool:  # noqa: ARG001
             if ref is None or not ref.alive():
                 return False
     return _MOUNT not in server or qemu_storage.is_mounted(Path(server[_MOUNT]))
+
+
+def _close(run_dir: Path) -> None:
+    qemu_storage.stop(run_dir / _PID_FILE)
+    qemu_storage.remove_file(run_dir / _FILE)
+    for ref in procs.find_running("nbdkit", str(run_dir / command.BASE_PID_FILE)):
+        ref.end(_GRACE_S)
+    qemu_nbd.stop(run_dir / command.BACKEND_SOCKET, run_dir / command.BACKEND_PID_FILE)
+    for name in (command.OVERLAY_SOCKET, _LOG, command.BACKEND_LOG, command.BASE_SOCKET,
+                 command.BASE_PID_FILE, _BASE_LOG, command.SOURCE):  # fmt: skip
+        (run_dir / name).unlink(missing_ok=True)
 
 
 @contextmanager
