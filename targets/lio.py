@@ -94,8 +94,9 @@ class LioTarget:
 
     def clients(self, run_dir: Path, server: Mapping[str, str]) -> list[Client]:  # noqa: ARG002
         """Who is logged in now."""
-        name = self._name(run_dir.name)
-        return [client for iqn in lio_state.iqns(name) for client in lio_state.clients(iqn)]
+        if "iqn" not in server:
+            return []
+        return lio_state.clients(server["iqn"], server["address"], int(server["port"]))
 
     def _name(self, view_id: str) -> lio_state.Name:
         return lio_state.Name(instance=self._instance, view=view_id)

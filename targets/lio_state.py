@@ -11,12 +11,14 @@ Layout: Documentation/target/tcm_mod_builder.rst and drivers/target of Linux 6.1
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from offload.iscsi import Identity
 from offload.target import Client
+from targets import processes
 from targets.lio_kernel import CONFIGFS
 
 TARGET = CONFIGFS / "target"
@@ -100,27 +102,37 @@ def serves(iqn: str, portal: str, store: Path, identity: Identity) -> bool:
     )
 
 
-def clients(iqn: str) -> list[Client]:
-    """Who is logged in.
+def clients(iqn: str, address: str, port: int) -> list[Client]:
+    """Who is logged in, by its portal.
 
-    The kernel tells names and addresses of those with an ACL, one session each, names alone of
-    those without (who are on loopback), and of further sessions of one name that there are some.
+    The kernel tells name and address of one session of each initiator with an ACL, the names of
+    those without, and how many sessions there are. Its sessions end a moment after they were left:
+    where nobody is connected to the portal any more, nobody is logged in.
     """
+    peers = {
+        client.address.rpartition(":")[0].strip("[]")
+        for client in processes.tcp_clients(os.getpid(), address, port)
+    }
+    if not peers:
+        return []
+    alone = peers.pop() if len(peers) == 1 else ""
     group = ISCSI / iqn / f"tpgt_{TAG}"
-    found = [Client(address="loopback", name=name) for name in _dynamic(group)]
+    found = [Client(address=alone or "unknown", name=name) for name in _dynamic(group)]
     for acl in _folders(group / "acls"):
         info = _text(acl / "info")
-        name, address = _NAME.search(info), _CONNECTION.search(info)
-        if name and address:
-            found.append(Client(address=address[1], name=name[1]))
-    return found
+        name, connection = _NAME.search(info), _CONNECTION.search(info)
+        if name and connection:
+            found.append(Client(address=connection[1], name=name[1]))
+    total = _text(ISCSI / iqn / "fabric_statistics" / "iscsi_instance" / "sessions")
+    more = int(total or 0) - len(found)
+    return found + [Client(address=alone or "unknown")] * more
 
 
 def _dynamic(group: Path) -> list[str]:
-    """Initiators without an ACL, one line a session, each line with a zero behind it."""
-    return [
-        line for line in _text(group / "dynamic_sessions").replace("\0", "").split("\n") if line
-    ]
+    """Initiators without an ACL: a line a session, each with a zero behind it. They chose their
+    names themselves."""
+    lines = _text(group / "dynamic_sessions").replace("\0", "").split("\n")
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines if line]
 
 
 def _folders(folder: Path) -> list[Path]:
