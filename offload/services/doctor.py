@@ -80,6 +80,7 @@ def _machine(config: Config | None) -> Iterator[Check]:
     yield _libnbd(required=qcow2)
     yield _program("qemu-nbd", "qemu-utils", "qcow2 volumes", required=qcow2)
     yield _program("qemu-img", "qemu-utils", "qcow2 volumes", required=qcow2)
+    yield _program("tgtd", "tgt", "TimeViews over iSCSI in user space", required=False)
     yield _guestfish()
     yield _loop_devices()
 
