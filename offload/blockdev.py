@@ -11,6 +11,8 @@ from pathlib import Path
 from offload.filesystem import file_identity
 
 _BLKSSZGET = 0x1268  # linux/fs.h: _IO(0x12, 104), logical sector size in bytes, an int
+_BLKROSET = 0x125D  # linux/fs.h: _IO(0x12, 93), an int
+_BLKROGET = 0x125E  # linux/fs.h: _IO(0x12, 94), an int
 _BLKGETSIZE64 = 0x80081272  # linux/fs.h: _IOR(0x12, 114, size_t), size in bytes, a u64
 _GPT_SIGNATURE = b"EFI PART"  # UEFI 2.10, 5.3.2: at the start of the second logical sector
 _SECTOR_SIZES = (512, 4096)
@@ -30,6 +32,18 @@ def device_sector_size(fd: int) -> int:
     answer = bytearray(4)
     fcntl.ioctl(fd, _BLKSSZGET, answer)
     return int.from_bytes(answer, "little")
+
+
+def device_read_only(fd: int) -> bool:
+    """Whether the kernel refuses writes to an open block device. Raises OSError."""
+    answer = bytearray(4)
+    fcntl.ioctl(fd, _BLKROGET, answer)
+    return int.from_bytes(answer, "little") != 0
+
+
+def make_device_read_only(fd: int) -> None:
+    """Have the kernel refuse writes to an open block device. Raises OSError."""
+    fcntl.ioctl(fd, _BLKROSET, (1).to_bytes(4, "little"))
 
 
 def image_sector_size(fd: int) -> int:

@@ -7,7 +7,7 @@ Forms: those of libnbd and libiscsi.
 | `nbd+unix:///EXPORT?socket=PATH` | NBD on a unix socket |
 | `nbd://HOST:PORT/EXPORT` | NBD over TCP |
 | `nbds://HOST:PORT/EXPORT?tls-certificates=FOLDER` | … with TLS |
-| `nbds-psk://USER@HOST:PORT/EXPORT?tls-psk-file=FILE` | … with a pre-shared key |
+| `nbds://USER@HOST:PORT/EXPORT?tls-psk-file=FILE` | … with a pre-shared key |
 | `iscsi://HOST:PORT/IQN/LUN` | iSCSI |
 
 Secrets are never in a URI; files that hold them are.
@@ -30,8 +30,8 @@ _FORMS = "nbd+unix:///?socket=PATH, nbd://HOST:PORT, nbds://HOST:PORT or iscsi:/
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tls:
-    """How an NBD client proves who it is. Files only; with neither, as configured."""
+class TlsClient:
+    """How an NBD client proves who it is: files only. A user means a pre-shared key."""
 
     pre_shared: bool = False
     certificates: Path | None = None  # folder: ca-cert.pem, client-cert.pem, client-key.pem
@@ -45,7 +45,7 @@ class NbdEndpoint:
 
     address: Address
     export: str = ""
-    tls: Tls | None = None
+    tls: TlsClient | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def parse(uri: str) -> Endpoint:
     match parts.scheme:
         case "nbd+unix":
             return _unix(uri, parts, query)
-        case "nbd" | "nbds" | "nbds-psk":
+        case "nbd" | "nbds":
             if not parts.hostname:
                 raise _bad(uri, "no host")
             address = (parts.hostname, port or NBD_PORT)
@@ -96,7 +96,7 @@ def parse(uri: str) -> Endpoint:
             raise _bad(uri, f"no such scheme as '{scheme}'")
 
 
-def with_files(uri: str, tls: Tls) -> str:
+def with_files(uri: str, tls: TlsClient) -> str:
     """The URI of an export over TLS that names the files of its client."""
     parts = urlparse(uri)
     query = {
@@ -116,15 +116,15 @@ def _unix(uri: str, parts: ParseResult, query: dict[str, str]) -> NbdEndpoint:
     return NbdEndpoint(address=path, export=unquote(parts.path.removeprefix("/")))
 
 
-def _tls(uri: str, parts: ParseResult, query: dict[str, str]) -> Tls:
+def _tls(uri: str, parts: ParseResult, query: dict[str, str]) -> TlsClient:
     files = {}
     for key in ("tls-certificates", "tls-psk-file"):
         if key in query:
             files[key] = Path(query[key])
             if not files[key].is_absolute():
                 raise _bad(uri, f"{key} is no absolute path")
-    return Tls(
-        pre_shared=parts.scheme == "nbds-psk" or "tls-psk-file" in files,
+    return TlsClient(
+        pre_shared=bool(parts.username) or "tls-psk-file" in files,
         certificates=files.get("tls-certificates"),
         psk=files.get("tls-psk-file"),
         user=unquote(parts.username or ""),

@@ -28,6 +28,7 @@ INDEXES = range(1000, 2000)
 TIMEOUT_S = 30
 
 _SYS_BLOCK = Path("/sys/block")
+_SECTOR = 512
 _GONE_S = 2.0  # for the kernel to remove a device that nobody has open
 
 # linux/nbd-netlink.h
@@ -47,7 +48,7 @@ def attach(
     address: Address,
     *,
     identifier: str,
-    sector_size: int,
+    sector_size: int | None,
     read_only: bool,
     export: str = "",
     connections: int = 1,
@@ -55,9 +56,10 @@ def attach(
 ) -> str:
     """Make a block device of an export; its path.
 
-    `identifier` names it to `find`; it is the caller's to see that there is only one. The device
-    is read-only where that is asked for or the server is. `connections`: at most, where the server
-    allows several. A request that is not answered within `timeout_s` (a dead server) fails.
+    `identifier` names it to `find`; it is the caller's to see that there is only one. Without a
+    `sector_size` it is the server's least request. The device is read-only where that is asked for
+    or the server is. `connections`: at most, where the server allows several. A request that is not
+    answered within `timeout_s` (a dead server) fails.
 
     Raises PrivilegeError, UnavailableError (`module-missing`, `no-device`, and those of
     `open_export`), UsageError (`bad-sector-size`).
@@ -66,6 +68,7 @@ def attach(
     with ExitStack() as wires:
         opened = _open(wires, address, export, connections, timeout_s)
         first = opened[0]
+        sector_size = sector_size or max(first.block_size_minimum, _SECTOR)
         if first.block_size_minimum > sector_size or first.size_bytes % sector_size:
             raise UsageError(
                 f"an export of {first.size_bytes} bytes in blocks of {first.block_size_minimum} "
@@ -96,8 +99,8 @@ def reconnect(
     export: str = "",
     connections: int = 1,
     timeout_s: int = TIMEOUT_S,
-) -> None:
-    """Give a device whose server is gone new connections, in place of the dead ones.
+) -> int:
+    """Give a device whose server is gone new connections, in place of the dead ones; how many.
 
     Whoever has the device open goes on. Living connections stay as they are. Raises what `attach`
     raises; UnavailableError (`no-device`) where the device is gone or another's.
@@ -117,6 +120,9 @@ def reconnect(
             raise UnavailableError(
                 f"{device} cannot be connected again: {error.strerror}", code="no-device"
             ) from error
+        inodes = {os.fstat(made.wire.fileno()).st_ino for made in opened}
+        wires.close()  # what is still there now is the kernel's
+        return len(inodes & _open_sockets(address))
 
 
 def detach(device: str) -> None:
@@ -190,6 +196,17 @@ def _open(
 
 def _sockets(opened: Sequence[OpenExport]) -> list[Attribute]:
     return [(_SOCK_ITEM, [(_SOCK_FD, u32(made.wire.fileno()))]) for made in opened]
+
+
+def _open_sockets(address: Address) -> set[int]:
+    """Inodes of the sockets of this kind, proc(5)."""
+    column = 6 if isinstance(address, Path) else 9
+    found = set()
+    for table in ("unix",) if isinstance(address, Path) else ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                found.add(int(line.split()[column]))
+    return found
 
 
 def _connect(attributes: Sequence[Attribute]) -> str:

@@ -44,6 +44,8 @@ def _known(config: Config, kind: str) -> list[str]:
         match kind:
             case "view":
                 return [view.name for view in catalog.views()]
+            case "connection":
+                return [connection.name for connection in catalog.connections()]
             case "timemark":
                 return [str(mark.id) for mark in catalog.timemarks()]
             case _:
@@ -71,6 +73,7 @@ groups = _offering(lambda config: config.groups)
 volumes = _offering(lambda config: config.volumes)
 stores = _offering(lambda config: config.stores)
 views = _offering(lambda config: _known(config, "view"))
+connections = _offering(lambda config: _known(config, "connection"))
 timemarks = _offering(lambda config: _known(config, "timemark"))
 backups = _offering(lambda config: _known(config, "backup"))
 origins = _offering(_origins)

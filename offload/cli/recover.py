@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload.cli.app import Command, settings_of
+from offload.cli.connect import connection_fields
 from offload.cli.mount import view_fields
 from offload.cli.output import emit
 from offload.cli.session import confirm, only_context
@@ -50,6 +51,7 @@ def _data(report: RecoverReport, dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "undone": [_leftover(entry) for entry in report.undone],
         "remounted": [view_fields(view) for view in report.remounted],
+        "reconnected": [connection_fields(entry) for entry in report.reconnected],
         "warnings": report.warnings,
         "orphans": report.orphans,
         "orphans_deleted": report.orphans_deleted,
@@ -72,6 +74,8 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
         click.echo(f"{would}taken back: {entry.kind} {entry.subject} of {entry.began_at}")
     for view in report.remounted:
         click.echo(f"{would}remounted: {view.name} at {view.uri}")
+    for connection in report.reconnected:
+        click.echo(f"{would}connected again: {connection.name} at {connection.device}")
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     for orphan in report.orphans:
@@ -79,5 +83,7 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
         fate = "deleted" if report.orphans_deleted else "left alone (--orphans deletes it)"
         what = " ".join(word for word in ("orphan", orphan.provider, orphan.kind) if word)
         click.echo(f"{what} {where}: {fate}")
-    if not (report.undone or report.remounted or report.warnings or report.orphans):
+    if not (
+        report.undone or report.remounted or report.reconnected or report.warnings or report.orphans
+    ):
         click.echo("nothing to recover")

@@ -34,11 +34,11 @@ from offload.holds import hold_timemark
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.journal import Operation
-from offload.model import Exposure, View, ViewId, ViewState
+from offload.model import Connection, Exposure, View, ViewId, ViewState
 from offload.origin import NAME, Origin, OriginKind, parse_origin
 from offload.overlay import Usage
 from offload.progress import NoProgress, Progress
-from offload.services import overlays, points, timemark
+from offload.services import connect, overlays, points, timemark
 from offload.services.context import Context
 from offload.services.points import Point
 from offload.services.undo import dump
@@ -126,7 +126,8 @@ def unmount(
     """Take views away; all are checked before the first one goes.
 
     Then a TimeMark that was made for them goes, if nothing else needs it. Raises UsageError,
-    NotFoundError, BusyError (`view-busy`: clients are connected and it is not forced).
+    NotFoundError, BusyError (`view-busy`: clients are connected and it is not forced;
+    `view-connected`: it is a block device of this machine, which `force` ends first).
     """
     if all_views == bool(names):
         raise UsageError("name the views to unmount, or all", code="bad-views", hint="or: --all")
@@ -134,9 +135,13 @@ def unmount(
     chosen = list({view.id: view for view in found}.values())
     if not chosen:
         return []
+    attached = connect.of_views(ctx.catalog, chosen)
     if not force:
+        _check_unconnected(attached)
         for view in chosen:
             _check_idle(ctx, view)
+    elif attached:
+        connect.disconnect(ctx, [connection.id for connection in attached], force=True)
     fresh = _fresh_timemarks(ctx, chosen)
     with ctx.journal.operation("unmount", ", ".join(view.name for view in chosen)) as op:
         for number, made in enumerate(fresh, 1):  # undone last
@@ -241,6 +246,16 @@ def _check_name(ctx: Context, name: str) -> None:
             f"there is a view '{name}' already",
             code="name-taken",
             hint=f"choose another name, or: offload unmount {name}",
+        )
+
+
+def _check_unconnected(attached: Sequence[Connection]) -> None:
+    if attached:
+        names = " ".join(connection.name for connection in attached)
+        raise BusyError(
+            f"connected as a block device of this machine: {names}",
+            code="view-connected",
+            hint=f"offload disconnect {names}; or unmount with --force",
         )
 
 

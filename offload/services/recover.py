@@ -11,8 +11,9 @@ from pathlib import Path
 from offload import compose
 from offload.errors import OffloadError
 from offload.journal import Leftover
-from offload.model import View
-from offload.services import mount, overlays
+from offload.model import Connection, View
+from offload.services import connect, mount, overlays
+from offload.services.connect import ConnectionState
 from offload.services.context import Context
 
 
@@ -41,6 +42,7 @@ class RecoverReport:
 
     undone: tuple[Leftover, ...]
     remounted: tuple[View, ...]
+    reconnected: tuple[Connection, ...]
     warnings: tuple[str, ...]
     orphans: tuple[Orphan, ...]
     orphans_deleted: bool
@@ -85,7 +87,8 @@ def _find_snapshots(ctx: Context) -> list[Orphan]:
 
 
 def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> RecoverReport:
-    """Roll back leftovers, serve views again whose server is gone, and, if asked, delete orphans.
+    """Roll back leftovers, serve views again whose server is gone, connect again what is no longer
+    connected, and, if asked, delete orphans.
 
     Raises CleanupError if something could not be taken back (the rest was).
     """
@@ -94,12 +97,18 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
         return RecoverReport(
             undone=tuple(ctx.journal.leftovers()),
             remounted=dead,
+            reconnected=tuple(
+                status.connection
+                for status in connect.connections(ctx)
+                if status.state is not ConnectionState.CONNECTED
+            ),
             warnings=(),
             orphans=tuple(find_orphans(ctx)),
             orphans_deleted=False,
         )
     undone = ctx.journal.recover()
     remounted = mount.remount(ctx)
+    reconnected = connect.reconnect(ctx)
     stray = find_orphans(ctx)
     if orphans:
         for orphan in stray:
@@ -107,7 +116,8 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
     return RecoverReport(
         undone=tuple(undone),
         remounted=remounted.views,
-        warnings=remounted.warnings,
+        reconnected=reconnected.connections,
+        warnings=(*remounted.warnings, *reconnected.warnings),
         orphans=tuple(stray),
         orphans_deleted=orphans,
     )

@@ -25,6 +25,9 @@ ACTIONS = {
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
     "stop-server": "offload.services.mount:undo_server",  # id, target, run_dir
+    "detach-device": "offload.services.connect:undo_device",  # id, uri, identifier, folder, …
+    "detach-again": "offload.services.connect:undo_again",  # the same; the connection stays
+    "remove-device-link": "offload.services.connect:undo_link",  # name, device
     "abort-backup": "offload.services.backup:undo_backup",  # store_url, backup
     "delete-backup": "offload.services.backups:undo_delete",  # store_url, backup, timemark
     "abort-prune": "offload.services.prune:undo_prune",  # store_url, backup

@@ -1,0 +1,170 @@
+"""What keeps this machine from acting on what it sees in connected views: a rule for udev, a
+blacklist for multipath, a filter for LVM. The texts are in `offload/host_files/`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+
+from offload import run
+from offload.errors import PolicyError, PrivilegeError, UnavailableError
+
+_UDEV_NAME = "60-offload.rules"
+_UDEV_FOLDERS = (  # udev(7), the first wins
+    Path("/etc/udev/rules.d"),
+    Path("/run/udev/rules.d"),
+    Path("/usr/local/lib/udev/rules.d"),
+    Path("/usr/lib/udev/rules.d"),
+    Path("/lib/udev/rules.d"),
+)
+_UDEV_SOCKET = Path("/run/udev/control")  # there while udevd runs
+_MULTIPATH = Path("/etc/multipath/conf.d/offload.conf")  # multipath.conf(5), config_dir
+_LVM_LOCAL = Path("/etc/lvm/lvmlocal.conf")
+_LVM_DEVICES = Path("/etc/lvm/devices/system.devices")  # lvmdevices(8)
+_LVM_PATTERN = "/dev/offload/"
+_SETTLE_S = 15
+
+
+class RuleState(StrEnum):
+    """Whether a rule is in force."""
+
+    INSTALLED = "installed"
+    MISSING = "missing"
+    OUTDATED = "outdated"  # a file of this name has another text
+    NOT_NEEDED = "not needed"  # what it is for is not on this machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One rule, where it belongs, and its text."""
+
+    name: str  # udev | multipath | lvm
+    state: RuleState
+    path: Path
+    text: str
+    ours: bool  # a file of our own, which `install` writes; else an administrator's
+
+    @property
+    def in_force(self) -> bool:
+        """Whether nothing is left to be done about it."""
+        return self.state in {RuleState.INSTALLED, RuleState.NOT_NEEDED}
+
+
+def look() -> list[Rule]:
+    """The rules and their state. Changes nothing."""
+    return [_udev(), _multipath(), _lvm()]
+
+
+def install() -> list[Rule]:
+    """Write the files that are ours, and have udev read them; the state after that.
+
+    Each appears whole or not at all, and again is no harm. Raises PrivilegeError, UnavailableError
+    (`host-file-unwritable`).
+    """
+    for rule in look():
+        if rule.ours and not rule.in_force:
+            _write(rule)
+    if udev_runs():
+        run.run([run.require_program("udevadm", "udev"), "control", "--reload"])
+    return look()
+
+
+def require() -> list[str]:
+    """Refuse to let a view in where udev would act on it; what else a person should know.
+
+    Raises PolicyError (`host-rules-missing`).
+    """
+    rule = _udev()
+    if udev_runs() and not rule.in_force:
+        raise PolicyError(
+            f"this machine would act on what it finds in the view: its udev rule is {rule.state}",
+            code="host-rules-missing",
+            hint="install it: offload host-rules --install; or take the risk: --without-host-rules",
+        )
+    return [
+        f"{rule.name} does not pass views over ({rule.path} is {rule.state}): offload host-rules"
+        for rule in (_multipath(), _lvm())
+        if not rule.in_force
+    ]
+
+
+def settle() -> None:
+    """Wait until udev has dealt with the devices that have come and gone. It need not run."""
+    program = run.find_program("udevadm")
+    if program is not None and udev_runs():
+        argv = [program, "settle", f"--timeout={_SETTLE_S}"]
+        run.run(argv, timeout_s=_SETTLE_S + 5, check=False)
+
+
+def udev_runs() -> bool:
+    """Whether this machine has a udevd."""
+    return _UDEV_SOCKET.exists()
+
+
+def _udev() -> Rule:
+    text = _text(_UDEV_NAME)
+    places = [folder / _UDEV_NAME for folder in _UDEV_FOLDERS]
+    path = next((place for place in places if place.exists()), places[0])
+    needed = udev_runs() or run.find_program("udevadm") is not None
+    return Rule(name="udev", state=_state(path, text, needed), path=path, text=text, ours=True)
+
+
+def _multipath() -> Rule:
+    text = _text("multipath.conf")
+    state = _state(_MULTIPATH, text, run.find_program("multipath") is not None)
+    return Rule(name="multipath", state=state, path=_MULTIPATH, text=text, ours=True)
+
+
+def _lvm() -> Rule:
+    return Rule(name="lvm", state=_lvm_state(), path=_LVM_LOCAL, text=_text("lvm.conf"), ours=False)
+
+
+def _lvm_state() -> RuleState:
+    program = run.find_program("lvmconfig")
+    if program is None:
+        return RuleState.NOT_NEEDED
+    filtered = _lvm_setting(program, "devices/global_filter")
+    if f'"r|^{_LVM_PATTERN}|"' in filtered or f'"r|{_LVM_PATTERN}|"' in filtered:
+        return RuleState.INSTALLED
+    listed = _lvm_setting(program, "devices/use_devicesfile").endswith("=1")
+    if listed and _LVM_DEVICES.exists():
+        return RuleState.NOT_NEEDED  # LVM uses the devices of that list and no others
+    return RuleState.MISSING
+
+
+def _lvm_setting(program: str, name: str) -> str:
+    done = run.run([program, "--typeconfig", "full", name], timeout_s=20, check=False)
+    return done.stdout.strip()
+
+
+def _state(path: Path, text: str, needed: bool) -> RuleState:
+    if not needed:
+        return RuleState.NOT_NEEDED
+    with contextlib.suppress(OSError):
+        return RuleState.INSTALLED if path.read_text() == text else RuleState.OUTDATED
+    return RuleState.MISSING
+
+
+def _write(rule: Rule) -> None:
+    fresh = rule.path.with_name(f".{rule.path.name}.{os.getpid()}")
+    try:
+        rule.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fresh.write_text(rule.text)
+            fresh.rename(rule.path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except PermissionError as error:
+        raise PrivilegeError(f"cannot write {rule.path}", hint="run it as root") from error
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot write {rule.path}: {error.strerror}", code="host-file-unwritable"
+        ) from error
+
+
+def _text(name: str) -> str:
+    return (files("offload") / "host_files" / name).read_text(encoding="utf-8")
