@@ -9,12 +9,13 @@ Sources: nbdkit-tls(1) for the files' names; psktool(1) of GnuTLS for the format
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,9 @@ KEY = "server-key.pem"
 REVOKED = "ca-crl.pem"  # optional
 
 _MAX_BYTES = 1 << 20
+_RENEW = timedelta(days=30)
 _PSK_MIN_BYTES = 16  # 128 bits: a shorter one can be guessed from a recorded handshake
+_MANUAL = "see docs/howto/nbd-over-the-network.md"
 # GnuTLS takes a user that begins with '#' for hexadecimal, libnbd takes it as it stands.
 _PSK_LINE = re.compile(r"(?P<user>[^:#\s][^:\s]*):(?P<key>(?:[0-9a-fA-F]{2})+)")
 
@@ -73,11 +76,31 @@ def load(config: NbdConfig, kind: str) -> Tls:
         raise ConfigError(
             f"TLS with {kind} needs {what}",
             code="tls-unconfigured",
-            hint=f"set {kind} in [nbd]; see docs/howto/nbd-over-the-network.md",
+            hint=f"set {kind} in [nbd]; {_MANUAL}",
         )
     if kind == "certificates":
         return _load_certificates(place, verify_clients=config.verify_clients)
     return _load_keys(place)
+
+
+def describe(tls: Tls) -> str:
+    """Where it is, and for whom."""
+    if isinstance(tls, PreSharedKeys):
+        return f"{tls.path}: {len(tls.users)} user" + ("s" if len(tls.users) > 1 else "")
+    names = ", ".join(tls.names) or "nobody"
+    return f"{tls.folder}: for {names}, until {tls.expires_at:%Y-%m-%d}"
+
+
+def advice(tls: Tls, address: str, now: datetime) -> str:
+    """What should be done before clients find out; nothing where all is well."""
+    if isinstance(tls, PreSharedKeys):
+        return ""
+    if tls.expires_at - now < _RENEW:
+        return f"renew the certificates before {tls.expires_at:%Y-%m-%d}, then mount again"
+    found = ipaddress.ip_address(address)
+    if address not in tls.names and not found.is_loopback and not found.is_unspecified:
+        return f"clients must use a name of the certificate: it is not for {address}"
+    return ""
 
 
 def client_context(tls: Certificates) -> ssl.SSLContext:
@@ -133,7 +156,7 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         raise _missing(folder, error) from error
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError(f"{folder} is no folder", code="tls-file-missing")
+        raise ConfigError(f"{folder} is no folder", code="tls-file-missing", hint=_MANUAL)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(
             f"others may put certificates into {folder}",
@@ -283,7 +306,7 @@ def _read(path: Path, *, private: bool = False) -> bytes:
         if private:
             check_private(fd, path, "key")
         elif not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ConfigError(f"{path} is no regular file", code="tls-file-missing")
+            raise ConfigError(f"{path} is no regular file", code="tls-file-missing", hint=_MANUAL)
         raw = os.read(fd, _MAX_BYTES + 1)  # of a regular file: all of it, read(2)
     finally:
         os.close(fd)
@@ -294,18 +317,12 @@ def _read(path: Path, *, private: bool = False) -> bytes:
 
 def _missing(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"cannot read {path}: {error.strerror}",
-        code="tls-file-missing",
-        hint="see docs/howto/nbd-over-the-network.md",
+        f"cannot read {path}: {error.strerror}", code="tls-file-missing", hint=_MANUAL
     )
 
 
 def _invalid(path: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"{path} is of no use: {why}",
-        code="certificate-invalid",
-        hint="see docs/howto/nbd-over-the-network.md",
-    )
+    return ConfigError(f"{path} is of no use: {why}", code="certificate-invalid", hint=_MANUAL)
 
 
 def _no_keys(path: Path, why: str) -> ConfigError:

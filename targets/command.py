@@ -149,7 +149,9 @@ def tcp_uri(address: str, port: int, tls: Tls | None) -> str:
         return f"nbd://{host}:{port}"
     user = ""
     if isinstance(tls, PreSharedKeys) and len(tls.users) == 1:
-        user = quote(tls.users[0], safe="") + "@"
+        (name,) = tls.users
+        # one with other characters is the client's own to add, too
+        user = f"{name}@" if quote(name, safe="") == name else ""
     return f"nbds://{user}{host}:{port}"
 
 

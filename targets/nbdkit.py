@@ -107,8 +107,8 @@ def _wait_ready(server: procs.ProcessRef, place: Place, request: ExportRequest) 
     )
 
 
-def _explain(place: Place, request: ExportRequest, what: str = "it said nothing") -> OffloadError:
-    """What the server's last words mean; `what` is said where it had none."""
+def _explain(place: Place, request: ExportRequest, seen: str = "") -> OffloadError:
+    """What the server's last words mean; `seen` is how it looked from here."""
     words = _read_log(place)
     for line in words.splitlines():
         if line.startswith("offload-error "):
@@ -119,8 +119,9 @@ def _explain(place: Place, request: ExportRequest, what: str = "it said nothing"
             code="program-missing",
             hint="install it: apt-get install nbdkit-plugin-python",
         )
+    said = "; ".join(text for text in (seen, _last_words(place)) if text)
     return UnavailableError(
-        f"the server of view {request.name} failed: {_last_words(place) or what}",
+        f"the server of view {request.name} failed: {said or 'it said nothing'}",
         code="server-failed",
     )
 

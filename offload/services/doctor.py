@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,6 +58,7 @@ def examine(config: Config | None) -> list[Check]:
     checks = [*_machine(config)]
     if config is not None:
         checks.append(_state_dir(config))
+        checks += _nbd_tls(config)
         reports = look_at_all(config)
         checks += [_volume(report) for report in reports]
         checks += _pools(config, reports)
@@ -222,6 +224,35 @@ def _state_dir(config: Config) -> Check:
         fix="" if fine else "choose another state_dir, or run as its owner",
         required=True,
     )
+
+
+def _nbd_tls(config: Config) -> Iterator[Check]:
+    """What views over TLS will need, before a mount or a client finds it missing."""
+    from offload import nbd_tls
+
+    for kind, place in (("certificates", config.nbd.certificates), ("psk", config.nbd.psk)):
+        if place is None:
+            continue
+        name, required = f"NBD over TLS, {kind}", config.nbd.tls == kind
+        try:
+            found = nbd_tls.load(config.nbd, kind)
+        except ConfigError as error:
+            yield Check(
+                name=name,
+                status=Status.MISSING,
+                detail=error.message,
+                fix=error.hint,
+                required=required,
+            )
+            continue
+        fix = nbd_tls.advice(found, config.nbd.address, datetime.now(UTC))
+        yield Check(
+            name=name,
+            status=Status.LIMITED if fix else Status.OK,
+            detail=nbd_tls.describe(found),
+            fix=fix,
+            required=required,
+        )
 
 
 def _volume(report: VolumeReport) -> Check:

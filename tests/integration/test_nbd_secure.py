@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -807,17 +808,45 @@ def test_secrets_are_in_no_command_line_log_or_record(
 def test_uri_names_the_user_of_a_key_only_where_there_is_one(
     folder: Path, request_: ExportRequest
 ) -> None:
-    keys = certificates.write_keys(folder / "keys.psk", ["a/b", "bob"])
+    keys = certificates.write_keys(folder / "keys.psk", ["alice-1", "b@b"])
     target = NbdTarget(make_instance(folder, {"nbd": {"tls": "psk", "psk": str(keys)}}))
     endpoint = target.export(replace(request_, exposure=Exposure(transport="tcp")))
     assert endpoint.uri == f"nbds://127.0.0.1:{endpoint.server['port']}"
     target.withdraw(request_.run_dir, endpoint.server)
-    keys.write_text(keys.read_text().splitlines()[0] + "\n")
-    endpoint = target.export(replace(request_, exposure=Exposure(transport="tcp")))
-    assert endpoint.uri.startswith("nbds://a%2Fb@127.0.0.1:")
-    with connect(f"{endpoint.uri}?tls-psk-file={keys}") as client:
-        assert len(client.pread(512, 0)) == 512
-    target.withdraw(request_.run_dir, endpoint.server)
+    lines = keys.read_text().splitlines()
+    for line, start in zip(lines, ("nbds://alice-1@127.0.0.1:", "nbds://127.0.0.1:"), strict=True):
+        keys.write_text(line + "\n")
+        endpoint = target.export(replace(request_, exposure=Exposure(transport="tcp")))
+        assert endpoint.uri.startswith(start)
+        uri = endpoint.uri.replace("nbds://127", "nbds://b%40b@127")
+        with connect(f"{uri}?tls-psk-file={keys}") as client:
+            assert len(client.pread(512, 0)) == 512
+        target.withdraw(request_.run_dir, endpoint.server)
+
+
+def test_plain_view_is_served_without_what_tls_needs(request_: ExportRequest, folder: Path) -> None:
+    """Imports are most of the time that a mount takes."""
+    assert isinstance(request_.source, RawSource)
+    script = f"""
+import sys
+from pathlib import Path
+from offload.model import Exposure, RawSource
+from offload.target import ExportRequest
+from offload.testing.instances import make_instance
+from targets.nbd import NbdTarget
+source = RawSource(path=Path({str(request_.source.path)!r}), size_bytes={SIZE})
+folder = Path({str(request_.run_dir)!r})
+target = NbdTarget(make_instance(folder.parents[1]))
+exposure = target.check(Exposure(transport="tcp"))
+request = ExportRequest(
+    view_id="v1", name="one", source=source, run_dir=folder, exposure=exposure
+)
+target.withdraw(folder, target.export(request).server)
+print(*sys.modules)
+"""
+    loaded = set(run.run([sys.executable, "-c", script]).stdout.split())
+    assert "targets.nbdkit" in loaded
+    assert not loaded & {"cryptography", "nbd"}
 
 
 # -- mount and its like -----------------------------------------------------------------------

@@ -31,6 +31,7 @@ from offload.model import (
 from offload.progress import NoProgress
 from offload.services import doctor, status
 from offload.services.context import Context
+from offload.testing import certificates
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -245,6 +246,38 @@ def test_doctor_pool_under_its_watermark_is_limited(
     config.write_text(config.read_text().replace('"1MiB"', '"100%"'))
     checks = _doctor(config, capsys, 0)
     assert "limited" in [c["status"] for name, c in checks.items() if name.startswith("pool ")]
+
+
+def test_doctor_looks_at_the_certificates_and_keys_of_nbd(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "store").mkdir()
+    assert not [name for name in _doctor(config, capsys, 0) if "TLS" in name]
+    folder, keys = config.parent / "tls", config.parent / "nbd.psk"
+    table = f'[nbd]\ntls = "certificates"\ncertificates = "{folder}"\npsk = "{keys}"\n'
+    plain = config.read_text()
+    config.write_text(plain + table)
+    authority = certificates.make_authority(days=(-1, 90))
+    issued = certificates.issue("server", certificates.Wanted(days=(-1, 60)), authority)
+    certificates.write_server(folder, authority, issued)
+    checks = _doctor(config, capsys, 0)
+    assert checks["NBD over TLS, certificates"]["status"] == "ok"
+    assert "127.0.0.1, ::1, localhost" in str(checks["NBD over TLS, certificates"]["detail"])
+    assert checks["NBD over TLS, psk"]["status"] == "missing"
+    assert checks["NBD over TLS, psk"]["required"] is False
+    certificates.write_keys(keys, ["alice", "bob"])
+    config.write_text(plain + table + 'address = "192.0.2.10"\n')
+    checks = _doctor(config, capsys, 0)
+    assert str(checks["NBD over TLS, psk"]["detail"]).endswith("2 users")
+    assert checks["NBD over TLS, certificates"]["status"] == "limited"
+    assert "not for 192.0.2.10" in str(checks["NBD over TLS, certificates"]["fix"])
+    certificates.write_server(folder, authority)
+    checks = _doctor(config, capsys, 0)
+    assert "renew" in str(checks["NBD over TLS, certificates"]["fix"])
+    (folder / "server-key.pem").chmod(0o644)
+    checks = _doctor(config, capsys, 6)
+    assert checks["NBD over TLS, certificates"]["status"] == "missing"
+    assert "chmod 600" in str(checks["NBD over TLS, certificates"]["fix"])
 
 
 # -- status and volume list --------------------------------------------------------------------
