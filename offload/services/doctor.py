@@ -19,7 +19,7 @@ from offload.quantity import Watermark, show_size
 from offload.services.volumes import VolumeReport, look_at_all
 
 _CAP_SYS_ADMIN = 21  # linux/capability.h; FIFREEZE and mounts need it
-_FILTERS = ("blocksize-policy", "cow")
+_FILTERS = ("blocksize-policy",)
 _PLUGINS = {"file": "nbdkit", "nbd": "nbdkit", "python": "nbdkit-plugin-python"}  # → package
 
 
@@ -82,6 +82,9 @@ def _machine(config: Config | None) -> Iterator[Check]:
     yield _libnbd(required=qcow2)
     yield _program("qemu-nbd", "qemu-utils", "qcow2 volumes", required=qcow2)
     yield _program("qemu-img", "qemu-utils", "qcow2 volumes", required=qcow2)
+    yield _program(
+        "qemu-storage-daemon", "qemu-system-common", "writable TimeViews", required=False
+    )
     yield _program("tgtd", "tgt", "TimeViews over iSCSI in user space", required=False)
     yield _guestfish()
     yield _loop_devices()
@@ -110,9 +113,8 @@ def _nbdkit_modules(*, served: bool, stored: bool, qcow2: bool) -> Iterator[Chec
         )
     for name in _FILTERS:
         path = Path(folders.get("filterdir", "")) / f"nbdkit-{name}-filter.so"
-        purpose = "writable TimeViews" if name == "cow" else "the sector size of TimeViews"
-        needed = served and name != "cow"
-        yield _module(f"nbdkit filter {name}", path, purpose, "nbdkit", required=needed)
+        purpose = "the sector size of TimeViews"
+        yield _module(f"nbdkit filter {name}", path, purpose, "nbdkit", required=served)
 
 
 def _module(name: str, path: Path, purpose: str, package: str, *, required: bool) -> Check:
