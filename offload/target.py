@@ -56,6 +56,12 @@ class Client:
     name: str = ""  # iSCSI: the initiator's IQN; NBD on a unix socket: the program
     pid: int | None = None
 
+    @property
+    def who(self) -> str:
+        """For a person: the name, and where it is."""
+        where = self.address if self.pid is None else f"process {self.pid}"
+        return f"{self.name} at {where}" if self.name else where
+
 
 class Target(Protocol):
     """Presents images as block devices.

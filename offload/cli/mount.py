@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from offload.model import Exposure, View
     from offload.services.mount import ViewStatus
 
+_CLIENTS_SHOWN = 3  # in a table; --json has all
+
 
 @click.command(
     cls=Command,
@@ -212,7 +214,13 @@ def _state(entry: ViewStatus) -> str:
     if not entry.alive:
         return "dead"
     mode = "writable" if entry.view.writable else "read-only"
-    return f"{mode}, {len(entry.clients)} clients" if entry.clients else mode
+    if not entry.clients:
+        return mode
+    number = f"{len(entry.clients)} client" + ("s" if len(entry.clients) > 1 else "")
+    # several connections of one program are one name
+    names = list(dict.fromkeys(client.who for client in entry.clients))
+    more = ", …" if len(names) > _CLIENTS_SHOWN else ""
+    return f"{mode}, {number}: {', '.join(names[:_CLIENTS_SHOWN])}{more}"
 
 
 def _written(entry: ViewStatus) -> str:

@@ -22,6 +22,7 @@ import nbd
 import pytest
 
 from offload import compose, run
+from offload.cli.main import run as cli
 from offload.errors import ConfigError, OffloadError, UnavailableError, UsageError
 from offload.model import Exposure, ExtentKind, Qcow2Source, RawSource, Source
 from offload.origin import parse_origin
@@ -941,6 +942,25 @@ def test_unmount_names_the_client_and_with_force_leaves_nothing(ctx: Context, si
         mounts.unmount(ctx, [view.name], force=True)
     assert ctx.catalog.views() == []
     assert ctx.catalog.timemarks() == []
+
+
+def test_views_for_people_shows_who_is_connected(
+    ctx: Context, site: Site, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = timemark.create(ctx, "shop")
+    (one,) = mounts.mount(ctx, [f"timemark:{mark.id}/db"], OVER_TCP)
+    (two,) = mounts.mount(ctx, [f"timemark:{mark.id}/db"])
+    config = ["--config", str(folder / "offload.toml")]
+    with connect(f"{one.uri}?tls-certificates={site.client}"), connect(two.uri), connect(two.uri):
+        assert cli(["--json", *config, "views"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert cli([*config, "views"]) == 0
+        table = " ".join(capsys.readouterr().out.split())
+    ((remote,), local) = (view["clients"] for view in shown)
+    assert remote["address"].startswith("127.0.0.1:")
+    assert [client["pid"] for client in local] == [os.getpid()] * 2
+    assert f"read-only, 1 client: {remote['address']}" in table
+    assert f"read-only, 2 clients: {local[0]['name']} at process {os.getpid()} " in table
 
 
 def test_sixty_four_views_over_tls_at_once_all_read(ctx: Context, site: Site) -> None:
