@@ -47,9 +47,13 @@ class Backing:
     paths: tuple[Path, ...]  # of `files`
 
 
-def mounts() -> list[MountPoint]:
-    """All mounts of this process's mount namespace, in the order they were made."""
-    return _parse(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+def mounts(process: int | None = None) -> list[MountPoint]:
+    """All mounts of a process's mount namespace (default: our own), in the order they were made.
+
+    Raises OSError where the process is gone, or not ours to look at.
+    """
+    place = "self" if process is None else str(process)
+    return _parse(Path(f"/proc/{place}/mountinfo").read_text(errors="surrogateescape"))
 
 
 def mounts_everywhere() -> list[MountPoint]:

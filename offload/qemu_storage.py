@@ -113,11 +113,13 @@ def find(pid_file: Path) -> list[procs.ProcessRef]:
     return procs.find_running("qemu-storage-daemon", str(pid_file))
 
 
-def is_mounted(path: Path) -> bool:
+def is_mounted(path: Path, daemon: int | None = None) -> bool:
     """Whether a FUSE file is mounted at `path`, also one whose daemon is gone or hangs: the file
-    itself is not asked."""
+    itself is not asked. With the pid of its daemon: in whatever mount namespace that lives."""
     real = path.parent.resolve() / path.name
-    return any(m.point == real and m.kind == "fuse" for m in mountinfo.mounts())
+    with contextlib.suppress(OSError):
+        return any(m.point == real and m.kind == "fuse" for m in mountinfo.mounts(daemon))
+    return False
 
 
 def remove_file(path: Path) -> None:

@@ -120,7 +120,9 @@ def alive(run_dir: Path, server: Mapping[str, str]) -> bool:  # noqa: ARG001
             )
             if ref is None or not ref.alive():
                 return False
-    return _MOUNT not in server or qemu_storage.is_mounted(Path(server[_MOUNT]))
+    return _MOUNT not in server or qemu_storage.is_mounted(
+        Path(server[_MOUNT]), int(server[f"{_DAEMON}pid"])
+    )
 
 
 def _close(run_dir: Path) -> None:

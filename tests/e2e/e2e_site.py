@@ -119,6 +119,10 @@ class Site:
         """Sockets, pid files and folders of views in the runtime folder."""
         return sorted((self.folder / "run").glob("*/views/*"))
 
+    def overlays(self) -> list[Path]:
+        """What was written to views."""
+        return sorted((self.state / "overlays").glob("*"))
+
     def journal_files(self) -> list[Path]:
         """Intents of operations that are not finished."""
         return sorted((self.state / "journal").glob("*"))

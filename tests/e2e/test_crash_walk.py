@@ -45,7 +45,9 @@ def assert_clean(site: Site, *, timemarks: set[str], views: set[str], backups: s
     assert all(status.alive for status in shown)
     assert site.journal_files() == []
     assert {p.parent.name for p in site.snapshots()} == timemarks
-    assert len(site.servers()) == len(views)
+    writable = [status for status in shown if status.view.writable]
+    assert len(site.overlays()) == len(writable)
+    assert len(site.servers()) == len(views) + len(writable)  # a daemon behind each overlay
     assert len(site.run_files()) == len(views)
     assert site.store_files("tmp") == []
     writers = {n.rpartition("/")[2].rpartition("-")[0] for n in site.store_files("packs")}
@@ -105,12 +107,14 @@ def test_timemark_delete_killed_at_each_step_is_finished(site: Site) -> None:
         assert_clean(site, timemarks=set(), views=set(), backups=set())
 
 
-def test_mount_killed_at_each_step_leaves_nothing(site: Site) -> None:
-    steps = steps_of(site, "mount", "shop")
+@pytest.mark.parametrize("words", [("mount", "shop"), ("mount", "solo", "--writable")])
+def test_mount_killed_at_each_step_leaves_nothing(site: Site, words: tuple[str, ...]) -> None:
+    steps = steps_of(site, *words)
+    assert ("mount.overlay-1.intended" in steps) == ("--writable" in words)
     site.ok("unmount", "--all")
     assert_clean(site, timemarks=set(), views=set(), backups=set())
     for step in steps:
-        kill_at(site, step, "mount", "shop")
+        kill_at(site, step, *words)
         site.ok("recover")
         if step == "mount.commit.after":
             site.ok("unmount", "--all")
@@ -131,6 +135,24 @@ def test_unmount_killed_at_each_step_is_finished(site: Site) -> None:
         marks = timemarks_of(site)
         assert marks == set(), f"a fresh TimeMark outlived its views after a kill at {step}"
         assert_clean(site, timemarks=set(), views=set(), backups=set())
+
+
+def test_unmount_of_a_writable_view_killed_at_each_step_keeps_it_whole_or_not_at_all(
+    site: Site,
+) -> None:
+    mark = site.ask("timemark", "create", "solo")["id"]
+    words = ("mount", f"timemark:{mark}", "--writable", "--name", "scratch")
+    site.ok(*words)
+    steps = steps_of(site, "unmount", "scratch")
+    assert {"unmount.overlay-1.intended", "unmount.overlay-1.done"} <= set(steps)
+    for step in steps:
+        if not site.overlays():
+            site.ok(*words)
+        kill_at(site, step, "unmount", "scratch")
+        site.ok("recover")
+        stays = "scratch" if site.overlays() else ""
+        assert not stays or step in {"unmount.begin", "unmount.overlay-1.intended"}, step
+        assert_clean(site, timemarks={mark}, views={stays} - {""}, backups=set())
 
 
 def test_backup_killed_at_each_step_is_gone_or_whole(site: Site) -> None:

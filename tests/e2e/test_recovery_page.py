@@ -30,7 +30,7 @@ def test_page_names_each_step_of_each_operation(site: Site) -> None:
         site.ok(*words, **env)
 
     traced("timemark", "create", "shop")
-    traced("mount", "shop")
+    traced("mount", "shop", "--writable")
     traced("unmount", "--all")
     traced("backup", "solo")
     (site.mounts["web"] / "random").write_bytes(b"new" * 1_000_000)
