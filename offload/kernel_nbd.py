@@ -145,7 +145,10 @@ def detach(device: str) -> None:
 
 
 def find(identifier: str) -> str | None:
-    """The device that was attached under this identifier, or None."""
+    """The device that was attached under this identifier, or None.
+
+    One that was detached while somebody had it open is found until they close it.
+    """
     for folder in _SYS_BLOCK.glob("nbd*"):
         if identifier_of(folder.name) == identifier:
             return f"/dev/{folder.name}"
