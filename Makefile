@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help system install check test bench demo lock clean
+.PHONY: help system install check test lab bench demo lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: install ## all tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m pytest tests
+
+lab: install ## a shell in the lab guest, where the kernel's own parts run
+	@$(PY) -m offload.testing.lab
 
 bench: install ## every figure of docs/benchmarks.md
 	$(PY) -m bench

@@ -11,6 +11,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any
 
 import pytest
 
@@ -70,12 +72,14 @@ class ModuleRun:
                 raise LostError(self._lost)
             self._take(json.loads(line))
 
-    def _take(self, message: dict[str, object]) -> None:
+    def _take(self, message: dict[str, Any]) -> None:
         if "finished" in message:
-            self._finished.add(str(message["finished"]))
+            self._finished.add(message["finished"])
             return
         hook = self._config.hook
         data = message["report"]
+        if isinstance(data["longrepr"], list):  # JSON has no tuples; a skip's place is one
+            data["longrepr"] = tuple(data["longrepr"])
         report = hook.pytest_report_from_serializable(config=self._config, data=data)
         self._reports.setdefault(report.nodeid, []).append(report)
 
@@ -146,6 +150,7 @@ class Delegation:
 
 
 def _rest_of_module(item: pytest.Item) -> list[pytest.Item]:
+    """This test and those that follow it without one for the host in between."""
     items = item.session.items
     rest = items[items.index(item) :]
-    return [one for one in rest if one.path == item.path and is_delegated(one)]
+    return list(takewhile(lambda one: one.path == item.path and is_delegated(one), rest))

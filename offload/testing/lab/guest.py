@@ -27,7 +27,7 @@ from offload.testing.lab.monitor import Monitor
 _BOOT_S = 240.0  # emulated, on a machine that may be busy
 _KILL_S = 20.0  # for the agent to end what is late
 _PLUG_S = 60.0
-_TAIL = 3000  # characters of a log in an error
+_TAIL = 6000  # characters of a log in an error: a kernel's last words are long
 
 _PACKAGES = Path(offload.__file__).parents[1]
 

@@ -16,30 +16,28 @@ _MODULES = (
     "virtio_pci", "virtio_net", "virtio_blk", "virtio_console", "9p", "9pnet_virtio", "overlay",
 )  # fmt: skip
 _FOLDERS = ("bin", "cow", "dev", "lower", "modules", "new", "proc", "sys", "whole")
+_ALL_MODULES = Path("/lib/modules")
 _HIDDEN = (Path("/run"), Path("/tmp"))  # noqa: S108 - where the guest has file systems of its own
 
 
-def find_kernel() -> Path:
+def find_kernel(boot: Path = Path("/boot"), modules: Path = _ALL_MODULES) -> Path:
     """The newest stock kernel: with its modules, SCSI targets among them.
 
     UnavailableError naming the package where there is none, or none may be read.
     """
     fitting = [
         path
-        for path in Path("/boot").glob("vmlinuz-*")
-        if (_modules_of(path) / "kernel/drivers/target").is_dir() and os.access(path, os.R_OK)
+        for path in boot.glob("vmlinuz-*")
+        if (modules / _version(path) / "kernel/drivers/target").is_dir()
+        and os.access(path, os.R_OK)
     ]
     if not fitting:
         raise UnavailableError(
-            "the lab guest needs a kernel in /boot with all its modules",
+            f"the lab guest needs a kernel in {boot}, readable, with all its modules",
             code="kernel-missing",
             hint="install it: apt-get install linux-image-amd64 (not the cloud kernel)",
         )
     return max(fitting, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
-
-
-def _modules_of(kernel: Path) -> Path:
-    return Path("/lib/modules", _version(kernel))
 
 
 def _version(kernel: Path) -> str:

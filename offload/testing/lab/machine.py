@@ -31,15 +31,18 @@ class Hardware:
 def qemu_argv(hardware: Hardware) -> list[str]:
     """QEMU without consoles and monitors; those are the caller's.
 
+    It dies with the thread that starts it: prctl(2), PR_SET_PDEATHSIG.
     Software emulation, for /dev/kvm may be there and not start a kernel; with the environment
     variable OFFLOAD_LAB_ACCEL=kvm, KVM.
     """
+    setpriv = run.require_program("setpriv", "util-linux")
     qemu = run.require_program("qemu-system-x86_64", "qemu-system-x86")
     kvm = os.environ.get("OFFLOAD_LAB_ACCEL") == "kvm"
     # no protection against attacks from inside: each costs emulated time
     command_line = "console=ttyS0 quiet panic=-1 mitigations=off"
     return [
-        qemu, "-nodefaults", "-display", "none", "-no-reboot",
+        setpriv, "--pdeathsig", "KILL", qemu,
+        "-nodefaults", "-display", "none", "-no-reboot",
         "-machine", "pc", "-accel", "kvm" if kvm else "tcg,thread=multi", "-cpu", "max",
         "-m", str(hardware.memory_mib), "-smp", str(hardware.cpus),
         "-kernel", str(hardware.kernel), "-initrd", str(hardware.initramfs),
@@ -79,11 +82,7 @@ class Machine:
             raise
 
     def _start(self, argv: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
-        """Start QEMU from a thread that lives as long as it does.
-
-        prctl(2), PR_SET_PDEATHSIG: the signal comes when the *thread* that started it ends.
-        """
-        setpriv = run.require_program("setpriv", "util-linux")
+        """Start QEMU from a thread that lives as long as it does, for it dies with that."""
         outcome: list[subprocess.Popen[bytes] | OffloadError] = []
         started = threading.Event()
 
@@ -91,7 +90,7 @@ class Machine:
             try:
                 with self.said.open("ab") as out:
                     process = run.spawn(
-                        [setpriv, "--pdeathsig", "KILL", *argv],
+                        argv,
                         stdout=out.fileno(),
                         stderr=out.fileno(),
                         pass_fds=fds,
