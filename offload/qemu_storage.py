@@ -56,10 +56,13 @@ def overlay_node(path: Path, limit_bytes: int, base: Node) -> Node:
 
     A write that would make it larger than `limit_bytes` fails with ENOSPC; the file has to be that
     long already (sparse), because the daemon's `raw` driver refuses a window past the end.
+    What clients discard is given back to the file system, and reads as zeros.
     """
-    file = {"driver": "file", "filename": str(path)}
-    window = {"driver": "raw", "size": limit_bytes // _CLUSTER_BYTES * _CLUSTER_BYTES, "file": file}
-    return {"driver": "qcow2", "file": window, "backing": base}
+    discard = {"discard": "unmap"}  # QEMU's default ignores it
+    file = {"driver": "file", "filename": str(path), **discard}
+    size = limit_bytes // _CLUSTER_BYTES * _CLUSTER_BYTES
+    window = {"driver": "raw", "size": size, "file": file, **discard}
+    return {"driver": "qcow2", "file": window, "backing": base, **discard}
 
 
 def serve_nbd(
