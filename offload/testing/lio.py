@@ -28,6 +28,7 @@ HERE = "iqn.2026-11.example.test:here"
 THERE = "iqn.2026-11.example.test:there"
 SECRET = "correct horse battery"
 MUTUAL_SECRET = "staple a battery horse"
+WRONG_SECRET = "wrong horse battery"
 CHAP = {"user": "backup", "secret": SECRET}
 MUTUAL = CHAP | {"mutual_user": "offload", "mutual_secret": MUTUAL_SECRET}
 
