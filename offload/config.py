@@ -156,6 +156,12 @@ class NbdConfig(_Model):
     psk: Path | None = None  # pre-shared keys, a line `user:hex` each, 0600
     allow: tuple[str, ...] = ()  # addresses and networks that are served; none: any
 
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        ipaddress.ip_address(value)  # its ValueError says what is wrong
+        return value
+
     @field_validator("certificates", "psk")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:

@@ -58,6 +58,25 @@ def parse_networks(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def check_allow(address: Address, allow: Sequence[str]) -> None:
+    """Refuse a list that serves nobody: UsageError (`allow-for-no-one`)."""
+    same = [n for text in allow if (n := ipaddress.ip_network(text)).version == address.version]
+    # what comes to a loopback address comes from one
+    reached = [n for n in same if not address.is_loopback or _meets_loopback(n)]
+    if allow and not reached:
+        raise UsageError(
+            f"no client can reach {address} from {', '.join(allow)}",
+            code="allow-for-no-one",
+            hint=f"name {address} too, or listen on an address that they reach",
+        )
+
+
+def _meets_loopback(network: source_filter.Network) -> bool:
+    if isinstance(network, ipaddress.IPv6Network):
+        return network.overlaps(ipaddress.IPv6Network("::1"))
+    return network.overlaps(ipaddress.IPv4Network("127.0.0.0/8"))
+
+
 def check_tcp(address: str, port: int | None, allow: Sequence[str]) -> None:
     """Raise what `tcp` would raise. Nothing stays bound."""
     _bound(address, port, allow).close()

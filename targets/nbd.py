@@ -49,9 +49,9 @@ class NbdTarget:
         """Refuse what cannot be served; see `offload.target`.
 
         Raises UsageError (`bad-transport`, `tcp-only`, `iscsi-only`, `bad-address`, `bad-port`,
-        `bad-network`, `not-loopback`), PrivilegeError, UnavailableError (`program-missing`,
-        `port-taken`, `bad-address`), ConfigError (`clients-unchecked`, and what
-        `offload.nbd_tls.load` raises).
+        `bad-network`, `allow-for-no-one`, `bad-tls`, `not-loopback`), PrivilegeError,
+        UnavailableError (`program-missing`, `port-taken`, `bad-address`), ConfigError
+        (`clients-unchecked`, and what `offload.nbd_tls.load` raises).
         """
         transport = exposure.transport or "unix"
         if transport not in {"unix", "tcp"}:
@@ -78,6 +78,7 @@ class NbdTarget:
             allow=listen.parse_networks(asked.allow or self._config.allow),
             tls=asked.tls or self._config.tls,
         )
+        listen.check_allow(address, found.allow)
         tls = self._tls(found)
         if not address.is_loopback:
             _check_network(found, tls)
@@ -87,6 +88,12 @@ class NbdTarget:
     def _tls(self, exposure: Exposure) -> Tls | None:
         if exposure.tls in {"", "off"}:
             return None
+        if exposure.tls not in {"certificates", "psk"}:
+            raise UsageError(
+                f"there is no TLS with '{exposure.tls}'",
+                code="bad-tls",
+                hint="it goes with certificates or psk, or is off",
+            )
         return nbd_tls.load(self._config, exposure.tls)
 
     def export(self, request: ExportRequest) -> Endpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,7 +33,7 @@ from offload.services.backup import backup
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
 from offload.target import Endpoint, ExportRequest
-from offload.testing import certificates
+from offload.testing import certificates, malformed_nbd
 from offload.testing.certificates import Wanted, issue, make_authority
 from offload.testing.instances import make_instance
 from offload.testing.networks import Namespace
@@ -407,10 +408,9 @@ def test_client_without_a_certificate_is_served_where_clients_are_not_verified(
     [
         (("127.0.0.2",), ("127.0.0.2",), ("127.0.0.1", "127.0.0.3")),
         (("127.0.0.0/30", "127.1.0.0/16"), ("127.0.0.3", "127.1.2.3"), ("127.0.0.4", "127.2.0.0")),
-        (("127.0.0.4/31", "::1"), ("127.0.0.5",), ("127.0.0.6",)),
+        (("127.0.0.4/31", "::1", "10.0.0.0/8"), ("127.0.0.5",), ("127.0.0.6",)),
         (("0.0.0.0/0",), ("127.0.0.1", "127.9.9.9"), ()),
         ((), ("127.0.0.1", "127.9.9.9"), ()),
-        (("::1",), (), ("127.0.0.1",)),
     ],
 )
 def test_allow_serves_the_named_addresses_and_gives_others_no_answer(
@@ -430,24 +430,28 @@ def test_allow_serves_the_named_addresses_and_gives_others_no_answer(
 
 
 @pytest.mark.parametrize(
-    ("allow", "answer"),
+    "allow", [("::1",), ("::/0",), ("fd00::/8", "::/127", "2001:db8::/33", "127.0.0.1")]
+)
+def test_allow_knows_ipv6(serve: Serve, request_: ExportRequest, allow: tuple[str, ...]) -> None:
+    endpoint = serve(replace(request_, exposure=replace(PLAIN, address="::1", allow=allow)))
+    assert dial(int(endpoint.server["port"]), "::1") == b"NBDMAGIC"
+
+
+@pytest.mark.parametrize(
+    ("address", "allow"),
     [
-        (("::1",), True),
-        (("::/0",), True),
-        (("::/127", "2001:db8::/33"), True),
-        (("::2", "fd00::/8", "127.0.0.1"), False),
+        ("127.0.0.1", ("10.0.0.0/8", "::1")),
+        ("::1", ("::2", "fd00::/8", "127.0.0.1")),
+        ("127.0.0.1", ("::1",)),
     ],
 )
-def test_allow_knows_ipv6(
-    serve: Serve, request_: ExportRequest, allow: tuple[str, ...], answer: bool
+def test_allow_of_nobody_who_could_connect_is_refused(
+    target: NbdTarget, address: str, allow: tuple[str, ...]
 ) -> None:
-    endpoint = serve(replace(request_, exposure=replace(PLAIN, address="::1", allow=allow)))
-    port = int(endpoint.server["port"])
-    if answer:
-        assert dial(port, "::1") == b"NBDMAGIC"
-    else:
-        with pytest.raises(TimeoutError):
-            dial(port, "::1", timeout_s=UNANSWERED_S)
+    with pytest.raises(UsageError) as caught:
+        target.check(replace(PLAIN, address=address, allow=allow))
+    assert caught.value.code == "allow-for-no-one"
+    assert address in caught.value.hint
 
 
 def test_allow_of_the_configuration_counts_where_none_is_asked_for(
@@ -469,7 +473,7 @@ def test_allow_of_many_networks_is_kept_or_refused_never_ignored(
     assert dial(port, "127.100.0.2") == b"NBDMAGIC"
     with pytest.raises(TimeoutError):
         dial(port, "127.101.0.2", timeout_s=UNANSWERED_S)
-    too_many = tuple(f"10.{n >> 8}.{n & 255}.2" for n in range(4096))
+    too_many = tuple(f"127.{n >> 8}.{n & 255}.2" for n in range(4096))
     with pytest.raises(UsageError) as caught:
         serve(replace(request_, view_id="v2", exposure=replace(PLAIN, allow=too_many)))
     assert caught.value.code == "too-many-networks"
@@ -487,15 +491,32 @@ def proxy() -> Iterator[Namespace]:
 
 @pytest.fixture
 def remote(proxy: Namespace) -> Iterator[Namespace]:
-    """Another machine, with two addresses, at the other end of a cable."""
+    """Another machine, with several addresses, at the other end of a cable."""
     made = Namespace()
     proxy.connect(
         made,
         ["192.0.2.10/24", "2001:db8::10/64"],
-        ["192.0.2.20/24", "192.0.2.21/24", "2001:db8::20/64"],
+        ["192.0.2.20/24", "192.0.2.21/24", "192.0.2.22/24", "2001:db8::20/64", "2001:db8::1:20/64"],
     )
     yield made
     made.close()
+
+
+@pytest.fixture
+def network_view(
+    target: NbdTarget, request_: ExportRequest, proxy: Namespace
+) -> Iterator[Callable[[Exposure], int]]:
+    """Serves one view on the proxy and tells its port."""
+    made: list[Endpoint] = []
+
+    def export(exposure: Exposure) -> int:
+        with proxy.entered():
+            made.append(target.export(replace(request_, exposure=exposure)))
+        return int(made[0].server["port"])
+
+    yield export
+    for endpoint in made:
+        target.withdraw(request_.run_dir, endpoint.server)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -571,23 +592,35 @@ def test_network_client_is_shown_with_its_address(
         assert wire.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
         (client,) = target.clients(request_.run_dir, over_network.server)
         port = wire.getsockname()[1]
-    assert client.address in {f"192.0.2.20:{port}", f"[2001:db8::20]:{port}"}
+        here = wire.getsockname()[0]
+    assert client.address in {f"{here}:{port}", f"[{here}]:{port}"}
 
 
 @pytest.mark.needs_root
+@pytest.mark.parametrize(
+    ("address", "allow", "sources"),
+    [
+        ("192.0.2.10", "192.0.2.21", ("192.0.2.21", "192.0.2.20")),
+        ("0.0.0.0", "192.0.2.20/31", ("192.0.2.21", "192.0.2.22")),  # noqa: S104
+        ("2001:db8::10", "2001:db8::20", ("2001:db8::20", "2001:db8::1:20")),
+        ("::", "2001:db8::/112", ("2001:db8::20", "2001:db8::1:20")),
+    ],
+)
 def test_network_allow_serves_the_named_machine_alone(
-    target: NbdTarget, request_: ExportRequest, site: Site, proxy: Namespace, remote: Namespace
+    network_view: Callable[[Exposure], int],
+    remote: Namespace,
+    address: str,
+    allow: str,
+    sources: tuple[str, str],
 ) -> None:
-    exposure = replace(CERTIFICATES, address="192.0.2.10", allow=("192.0.2.21",))
-    with proxy.entered():
-        endpoint = target.export(replace(request_, exposure=exposure))
-    there = ("192.0.2.10", int(endpoint.server["port"]))
+    served, refused = sources
+    port = network_view(replace(CERTIFICATES, address=address, allow=(allow,)))
+    there = ("2001:db8::10" if ":" in address else "192.0.2.10", port)
     with remote.entered():
-        with socket.create_connection(there, 5, source_address=("192.0.2.21", 0)) as wire:
+        with socket.create_connection(there, 5, source_address=(served, 0)) as wire:
             assert wire.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
         with pytest.raises(TimeoutError):
-            socket.create_connection(there, UNANSWERED_S, source_address=("192.0.2.20", 0))
-    target.withdraw(request_.run_dir, endpoint.server)
+            socket.create_connection(there, UNANSWERED_S, source_address=(refused, 0))
 
 
 @pytest.mark.needs_root
@@ -651,6 +684,24 @@ def test_client_killed_or_reset_others_read_on_and_it_is_forgotten(
     assert target.alive(request_.run_dir, endpoint.server)
 
 
+def test_client_that_sends_garbage_others_read_on(
+    serve: Serve, request_: ExportRequest, site: Site
+) -> None:
+    """In place of the NBD handshake, and in place of the TLS one."""
+    endpoint = serve(request_)
+    here = ("127.0.0.1", int(endpoint.server["port"]))
+    chance = random.Random(7)
+    with connect(site.uri(endpoint, CERTIFICATES)) as other:
+        for seed in range(14):
+            malformed_nbd.send(lambda: socket.create_connection(here, 5), seed)
+            with socket.create_connection(here, 5) as wire:
+                wire.recv(18, socket.MSG_WAITALL)
+                wire.sendall(struct.pack(">I", 3) + malformed_nbd.option(5, b""))
+                assert len(wire.recv(20, socket.MSG_WAITALL)) == 20
+                wire.sendall(chance.randbytes(chance.randint(1, 4096)))
+            assert bytes(other.pread(512, MIB)) == content(request_)[MIB : MIB + 512]
+
+
 def test_client_on_a_unix_socket_is_known_by_its_process(
     serve: Serve, target: NbdTarget, request_: ExportRequest
 ) -> None:
@@ -694,6 +745,7 @@ def timers(port: int) -> list[str]:
         (Exposure(transport="tcp", allow=("10.0.0.1/8",)), "bad-network"),
         (Exposure(transport="tcp", allow=("host.example",)), "bad-network"),
         (Exposure(transport="tcp", port=70000), "bad-port"),
+        (Exposure(transport="tcp", tls="yes"), "bad-tls"),
         (Exposure(tls="psk"), "tcp-only"),
         (Exposure(allow=("127.0.0.1",)), "tcp-only"),
         (Exposure(address="127.0.0.1"), "tcp-only"),
@@ -973,7 +1025,16 @@ def test_sixty_four_views_over_tls_at_once_all_read(ctx: Context, site: Site) ->
             for view in made
         ]
         assert all(bytes(client.pread(4, MIB)) == b"dbdb" for client in clients)
-        assert [len(status.clients) for status in mounts.views(ctx)] == [1] * 64
+        ours = [own_address(client) for client in clients]
+        shown = [[client.address for client in status.clients] for status in mounts.views(ctx)]
+        # whatever else connects to free ports of this machine does not count
+        assert [[a for a in addresses if a in ours] for addresses in shown] == [[a] for a in ours]
+
+
+def own_address(client: Any) -> str:
+    with socket.socket(fileno=os.dup(client.aio_get_fd())) as wire:
+        host, port = wire.getsockname()
+    return f"{host}:{port}"
 
 
 def _wait(condition: Callable[[], bool]) -> None:

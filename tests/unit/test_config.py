@@ -120,6 +120,25 @@ def test_load_wrong_value_names_file_key_and_value(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('address = "backup.example"', "nbd.address: 'backup.example' does not appear to be"),
+        ('allow = ["10.0.0.1/8"]', "nbd.allow: 10.0.0.1/8 has host bits set"),
+        ('allow = ["host"]', "nbd.allow: 'host' does not appear to be"),
+        ('tls = "on"', "nbd.tls: Input should be 'off', 'certificates' or 'psk'"),
+        ('tls = "certificates"', "nbd: tls = 'certificates' needs certificates, a folder"),
+        ('tls = "psk"', "nbd: tls = 'psk' needs psk, a file"),
+        ('psk = "keys.psk"', "nbd.psk: must be an absolute path"),
+    ],
+)
+def test_load_wrong_nbd_value_names_it(file: Path, line: str, said: str) -> None:
+    file.write_text(f"{GOOD}\n[nbd]\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert said in caught.value.message
+
+
 def test_load_misspelt_key_suggests_the_right_one(file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(_with(file, "consistency =", "consistancy ="))
