@@ -28,7 +28,6 @@ from offload import iscsi, procs, run
 from offload.errors import (
     BusyError,
     CleanupError,
-    ConfigError,
     UnavailableError,
     UsageError,
 )
@@ -73,21 +72,16 @@ class TgtTarget:
     def check(self, exposure: Exposure) -> Exposure:
         """Refuse what cannot be served; see `offload.target`.
 
-        Raises what `offload.iscsi.resolve` and `targets.tgt_chap.check` raise, PrivilegeError,
-        ConfigError (`runtime-path-too-long`, `runtime-path-comma`), UnavailableError
-        (`program-missing`, `port-taken`, `bad-address`).
+        Raises what `iscsi.resolve`, `listen.parse_address`, `tgt_chap.check` and
+        `PortalServer.check` raise, PrivilegeError, UnavailableError (`program-missing`,
+        `port-taken`, `bad-address`).
         """
         found = iscsi.resolve(self._config, exposure)
         tgt_chap.check(iscsi.load_chap(self._config))
         run.require_program("tgtd", "tgt")
+        listen.parse_address(found.address)
         server = self._server(found)
         server.check()
-        if "," in str(self._servers_dir):
-            raise ConfigError(
-                f"tgtd takes no path with a comma: {self._servers_dir.parent}",
-                code="runtime-path-comma",
-                hint="set runtime_dir to another path",
-            )
         if not server.find():
             try:
                 listen.check_tcp(server.address, server.port, ())

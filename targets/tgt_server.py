@@ -95,12 +95,20 @@ class PortalServer:
         return procs.find_running("tgtd", self._mark)
 
     def check(self) -> None:
-        """Raise ConfigError (`runtime-path-too-long`) where it could have no socket."""
+        """Raise ConfigError (`runtime-path-too-long`, `runtime-path-comma`) where it could have no
+        socket, or open no view."""
+        runtime = self.folder.parents[1]
         if len(os.fsencode(self.management.socket)) > _SUN_PATH_MAX:
             raise ConfigError(
-                f"the runtime folder {self.folder.parents[1]} is too long a path for unix sockets",
+                f"the runtime folder {runtime} is too long a path for unix sockets",
                 code="runtime-path-too-long",
                 hint="set runtime_dir to a shorter path",
+            )
+        if "," in str(runtime):
+            raise ConfigError(
+                f"tgtd takes no path with a comma, as the runtime folder {runtime} has one",
+                code="runtime-path-comma",
+                hint="set runtime_dir to another path",
             )
 
     def running(self) -> procs.ProcessRef | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,3 +25,10 @@ def make_instance(folder: Path, tables: Mapping[str, object] | None = None) -> I
     return Instance(
         config=config, config_path=None, state_dir=state, runtime_dir=runtime, id=new_id()
     )
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

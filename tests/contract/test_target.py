@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from offload.model import Exposure
 from offload.target import Target
-from offload.testing.instances import make_instance
+from offload.testing.instances import free_port, make_instance
 from offload.testing.libiscsi import Initiator
 from offload.testing.target import TargetClient, TargetContract
 from targets.nbd import NbdTarget
@@ -43,14 +42,8 @@ class TestNbdTarget(TargetContract):
         return LibnbdClient(uri)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class TestTgtTarget(TargetContract):
-    exposure = Exposure(port=_free_port())
+    exposure = Exposure(port=free_port())
 
     @pytest.fixture
     def target(self, folder: Path) -> Target:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from offload.run import run
+from offload.testing.instances import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "howto" / "iscsi-tgt.md").read_text(encoding="utf-8")
@@ -49,8 +49,7 @@ def _blocks(language: str) -> str:
 
 def test_page_commands_all_succeed(folder: Path) -> None:
     (folder / "db.raw").write_bytes(os.urandom(1 << 20))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
 
     def here(text: str) -> str:
         return text.replace(FOLDER, str(folder)).replace(PORT, port)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from offload.services import mount as mounts
 from offload.services import timemark
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
+from offload.testing.instances import free_port
 from offload.testing.libiscsi import Initiator
 from targets import tgt_mgmt
 from targets.tgt_server import PortalServer
@@ -105,10 +105,8 @@ def config(folder: Path) -> Path:
         with (folder / f"{name}.raw").open("xb") as out:
             out.truncate(2 * MIB)
             out.write(name.encode() * 100)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     path = folder / "offload.toml"
-    path.write_text(CONFIG.format(folder=folder, port=port))
+    path.write_text(CONFIG.format(folder=folder, port=free_port()))
     return path
 
 

@@ -29,7 +29,7 @@ from offload.errors import (
 from offload.instance import Instance
 from offload.model import Exposure, Qcow2Source, RawSource
 from offload.target import Endpoint, ExportRequest
-from offload.testing.instances import make_instance
+from offload.testing.instances import free_port, make_instance
 from offload.testing.libiscsi import Initiator, Login, ScsiError
 from offload.testing.target import writable
 from targets import tgt_mgmt
@@ -117,7 +117,7 @@ def make_site(folder: Path, content: bytes) -> Iterator[Callable[..., Site]]:
 
     def make(inside: str = "a", **tables: object) -> Site:
         instance = make_instance(folder / inside, {"iscsi": tables})
-        made.append(Site(folder=folder, instance=instance, port=_free_port()))
+        made.append(Site(folder=folder, instance=instance, port=free_port()))
         return made[-1]
 
     yield make
@@ -131,12 +131,6 @@ def make_site(folder: Path, content: bytes) -> Iterator[Callable[..., Site]]:
 @pytest.fixture
 def site(make_site: Callable[..., Site]) -> Site:
     return make_site()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _processes(folder: Path) -> list[procs.ProcessRef]:
@@ -695,7 +689,6 @@ def test_export_port_lost_after_the_look_leaves_no_server_elsewhere(
 def test_export_server_that_ends_at_once_is_explained_in_its_words(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("targets.tgt_server._NOPS", "x --bogus")
     real = PortalServer._argv
     monkeypatch.setattr(PortalServer, "_argv", lambda self: [*real(self), "--bogus", "y"])
     with pytest.raises(UnavailableError) as refused:
@@ -726,6 +719,37 @@ def test_check_runtime_folder_that_tgtd_cannot_use_is_refused(
     with pytest.raises(ConfigError) as refused:
         site.target.check(Exposure(port=site.port))
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("exposure", "code"),
+    [
+        (Exposure(transport="unix"), "bad-transport"),
+        (
+            Exposure(address="fe80::1%lo", initiators=(FRIEND,), insecure_network=True),
+            "bad-address",
+        ),
+        (Exposure(address="0.0.0.0"), "bad-address"),  # noqa: S104
+        (Exposure(address="192.0.2.1", initiators=(FRIEND,)), "not-loopback"),
+        (Exposure(initiators=("nobody",)), "bad-iqn"),
+    ],
+)
+def test_check_unfit_exposure_is_refused(
+    make_site: Callable[..., Site], folder: Path, exposure: Exposure, code: str
+) -> None:
+    site = make_site(chap=_chap(folder))
+    with pytest.raises(UsageError) as refused:
+        site.target.check(exposure)
+    assert refused.value.code == code
+
+
+def test_check_address_of_another_machine_is_refused(
+    make_site: Callable[..., Site], folder: Path
+) -> None:
+    site = make_site(chap=_chap(folder), networks=["192.0.2.0/24"])
+    with pytest.raises(UnavailableError) as refused:
+        site.target.check(Exposure(address="192.0.2.1", initiators=(FRIEND,)))
+    assert refused.value.code == "bad-address"
 
 
 def test_server_killed_takes_all_views_with_it_and_the_next_serves_them_again(site: Site) -> None:
@@ -813,7 +837,7 @@ def test_export_log_of_the_server_stays_short(site: Site) -> None:
 
 def test_administrators_tgtd_is_left_alone(site: Site, folder: Path, content: bytes) -> None:
     """Another portal, its own socket, its own target: as it was, before, during and after."""
-    port, socket_path = _free_port(), folder / "admin"
+    port, socket_path = free_port(), folder / "admin"
     argv = ["tgtd", "-f", "--iscsi", f"portal=127.0.0.1:{port}"]
     admin = run.spawn(argv, env={"TGT_IPC_SOCKET": str(socket_path)})
     try:
@@ -895,7 +919,7 @@ def test_everything_works_for_nobody(folder: Path, content: bytes) -> None:
     """On an unprivileged port, from start to end; and root is told whose server it is."""
     shutil.chown(folder, NOBODY, NOBODY)
     folder.chmod(0o755)
-    site = Site(folder=folder, instance=make_instance(folder / "n"), port=_free_port())
+    site = Site(folder=folder, instance=make_instance(folder / "n"), port=free_port())
     for path in [folder / "n", *(folder / "n").rglob("*")]:
         shutil.chown(path, NOBODY, NOBODY)
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import pytest
 from offload.model import Exposure, RawSource
 from offload.procs import ProcessRef
 from offload.target import Endpoint, ExportRequest
-from offload.testing.instances import make_instance
+from offload.testing.instances import free_port, make_instance
 from offload.testing.lab.guest import Guest
 from offload.testing.target import writable
 from targets.tgt import TgtTarget
@@ -70,15 +69,13 @@ def site() -> Iterator[Site]:
     instance = make_instance(folder / "i", {"iscsi": {"chap": chap, "initiators": [HOST]}})
     image = folder / "image.raw"
     image.write_bytes(os.urandom(4 * MIB))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     target = TgtTarget(instance)
     request = ExportRequest(
         view_id="v1",
         name="shop-db",
         source=RawSource(path=image, size_bytes=4 * MIB),
         run_dir=instance.views_dir / "v1",
-        exposure=target.check(Exposure(port=port)),
+        exposure=target.check(Exposure(port=free_port())),
     )
     yield Site(target=target, request=request, image=image)
     target.withdraw(request.run_dir, {})
