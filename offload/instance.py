@@ -9,6 +9,7 @@ from pathlib import Path
 
 from offload.config import Config
 from offload.errors import ConfigError, UnavailableError
+from offload.filesystem import fsync_folder
 from offload.ids import new_id
 
 _SUN_PATH_MAX = 107  # bytes of a unix socket address, sys/un.h
@@ -107,9 +108,13 @@ def _instance_id(state: Path) -> str:
         )
     fresh = new_id()
     temp = state / f".instance.{fresh}"
-    temp.write_text(fresh + "\n")
+    with temp.open("x") as out:
+        out.write(fresh + "\n")
+        out.flush()
+        os.fsync(out.fileno())  # empty after a power cut, it would name no owner of anything
     try:
         os.link(temp, path)  # the first of two racing processes wins
+        fsync_folder(state)
     except FileExistsError:
         fresh = path.read_text().strip()
     finally:
