@@ -27,6 +27,7 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
         "offload mount timemark:k3f9/shop-db --name inspect",
         "offload mount backup:b7k2/shop-db --writable",
         "offload mount backup:b7k2/shop-db --tcp --port 10809",
+        "offload mount shop --tcp --address 192.0.2.10 --tls certificates --allow 192.0.2.20",
         "offload mount shop --target lio --initiator iqn.1998-01.com.example:esx1",
     ],
 )

@@ -263,18 +263,13 @@ def _check_idle(ctx: Context, view: View) -> None:
     target = compose.target(view.target, ctx.instance)
     clients = target.clients(_run_dir(ctx, view.id), view.server)
     if clients:
-        who = ", ".join(_who(client) for client in clients)
+        who = ", ".join(client.who for client in clients)
         number = f"{len(clients)} client" + ("s" if len(clients) > 1 else "")
         raise BusyError(
             f"view {view.name} has {number} connected ({who})",
             code="view-busy",
             hint="disconnect them first, or unmount with --force",
         )
-
-
-def _who(client: Client) -> str:
-    where = client.address if client.pid is None else f"process {client.pid}"
-    return f"{client.name} at {where}" if client.name else where
 
 
 # -- what is new ------------------------------------------------------------------------------
