@@ -15,6 +15,7 @@ Secrets are never in a URI; files that hold them are.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import ParseResult, parse_qs, quote, unquote, urlencode, urlparse
@@ -73,11 +74,12 @@ def parse(uri: str) -> Endpoint:
         port = parts.port
     except ValueError as error:
         raise _bad(uri, str(error)) from error
-    if parts.password is not None or "%" in (parts.username or ""):  # libiscsi: user%secret
+    # libiscsi writes iscsi://USER%SECRET@HOST
+    if parts.password is not None or (parts.scheme == "iscsi" and parts.username is not None):
         raise UsageError(
             "a URI is no place for a secret",
             code="secret-in-uri",
-            hint="put it into a file that the configuration names",
+            hint="put it into a file that the configuration names, see [iscsi.chap] and [nbd]",
         )
     query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
     match parts.scheme:
@@ -143,4 +145,7 @@ def _iscsi(uri: str, parts: ParseResult, port: int | None) -> IscsiEndpoint:
 
 
 def _bad(uri: str, why: str) -> UsageError:
-    return UsageError(f"'{uri}' is no URI of a view: {why}", code="bad-uri", hint=f"e.g. {_FORMS}")
+    shown = re.sub(r"//[^/]*@", "//…@", uri)
+    return UsageError(
+        f"'{shown}' is no URI of a view: {why}", code="bad-uri", hint=f"e.g. {_FORMS}"
+    )

@@ -212,16 +212,19 @@ def _find_view(ctx: Context, what: str) -> tuple[View | None, str]:
     """A view of ours and its URI, or the URI of another's."""
     if "://" in what:
         parse(what)
-        view = next((view for view in ctx.catalog.views() if view.uri == what), None)
+        bare = what.partition("?tls-")[0]  # a client's own files are no part of a view's URI
+        view = next((view for view in ctx.catalog.views() if view.uri in {what, bare}), None)
+        uri = what
     else:
         view = ctx.catalog.view(what)
+        uri = view.uri
     if view is None:
         return None, what
     if not _served(ctx, view):
         raise UnavailableError(
             f"view {view.name} is not served", code="view-dead", hint="serve it: offload recover"
         )
-    return view, view.uri
+    return view, uri
 
 
 def _served(ctx: Context, view: View) -> bool:

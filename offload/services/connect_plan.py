@@ -31,7 +31,8 @@ def planned(
     Raises UsageError (`bad-name`), BusyError (`name-taken`).
     """
     chosen = ConnectionId(new_id())
-    name = name or (view.name if view is not None else _derived_name(uri))
+    if name is None:
+        name = view.name if view is not None else _derived_name(uri)
     _check_name(ctx, name)
     wanted = Attachment(
         uri=_client_uri(ctx.instance, view, uri),

@@ -22,6 +22,9 @@ from offload.model import (
     Backup,
     BackupId,
     BackupSource,
+    Connection,
+    ConnectionId,
+    ConnectionKind,
     Consistency,
     ImageRecord,
     Instant,
@@ -277,6 +280,81 @@ def test_update_view_changes_state_and_server(catalog: Catalog) -> None:
     assert catalog.views() == [changed]
     with pytest.raises(NotFoundError):
         catalog.update_view(a_view("other", "other"))
+
+
+def a_connection(connection_id: str = "conn1", name: str = "inspect") -> Connection:
+    return Connection(
+        id=ConnectionId(connection_id),
+        name=name,
+        view="view1",
+        uri="nbd+unix:///?socket=/run/offload/nbd.sock",
+        kind=ConnectionKind.NBD,
+        read_only=True,
+        size_bytes=1 << 40,
+        sector_size=4096,
+        created_at=NOON,
+        device="/dev/nbd1000",
+        record={"identifier": "offload-x"},
+    )
+
+
+@_one_catalog
+@given(
+    st.builds(
+        Connection,
+        id=st.builds(new_id).map(ConnectionId),
+        name=st.builds(new_id),
+        view=_text,
+        uri=_text,
+        kind=st.sampled_from(ConnectionKind),
+        read_only=st.booleans(),
+        size_bytes=_bytes,
+        sector_size=_sectors,
+        created_at=_times,
+        device=_text,
+        record=_refs,
+    )
+)
+def test_connection_any_value_comes_back_equal(catalog: Catalog, connection: Connection) -> None:
+    catalog.add_connection(connection)
+    assert connection in catalog.connections()
+    catalog.delete_connection(connection.id)
+    assert connection not in catalog.connections()
+
+
+def test_connections_oldest_first(catalog: Catalog) -> None:
+    catalog.add_connection(a_connection("conn2", "two"))
+    older = replace(a_connection("conn1", "one"), created_at=NOON - timedelta(days=1))
+    catalog.add_connection(older)
+    assert [connection.name for connection in catalog.connections()] == ["one", "two"]
+
+
+def test_connection_name_or_id_taken_is_refused(catalog: Catalog) -> None:
+    catalog.add_connection(a_connection("conn1", "same"))
+    for other in (a_connection("conn2", "same"), a_connection("conn1", "other")):
+        with pytest.raises(BusyError) as caught:
+            catalog.add_connection(other)
+        assert caught.value.code == "connection-exists"
+    assert [connection.id for connection in catalog.connections()] == ["conn1"]
+
+
+def test_update_connection_changes_its_device(catalog: Catalog) -> None:
+    catalog.add_connection(a_connection())
+    changed = replace(a_connection(), device="/dev/nbd1001", record={"identifier": "offload-y"})
+    catalog.update_connection(changed)
+    assert catalog.connections() == [changed]
+    with pytest.raises(NotFoundError) as caught:
+        catalog.update_connection(a_connection("other", "other"))
+    assert caught.value.code == "unknown-connection"
+    assert caught.value.hint.endswith("offload connections")
+
+
+def test_delete_connection_twice_is_success_and_leaves_others(catalog: Catalog) -> None:
+    catalog.add_connection(a_connection("conn1", "one"))
+    catalog.add_connection(a_connection("conn2", "two"))
+    for _ in range(2):
+        catalog.delete_connection("conn1")
+    assert [connection.name for connection in catalog.connections()] == ["two"]
 
 
 def test_backups_filters_oldest_first(catalog: Catalog) -> None:
