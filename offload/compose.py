@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, assert_never
 
 from offload.errors import ConfigError
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, Source
+from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, RbdSource, Source
 
 if TYPE_CHECKING:
     from offload.config import LocalQuiesce, QmpQuiesce
@@ -28,6 +28,7 @@ PROVIDERS = {
     "copy": "offload.snapshots.copy:CopyProvider",
     "qcow2": "offload.snapshots.qcow2:Qcow2Provider",
     "device": "offload.snapshots.device:DeviceProvider",
+    "rbd": "offload.snapshots.rbd:RbdProvider",
 }
 TARGETS = {
     "nbd": "targets.nbd:NbdTarget",
@@ -90,6 +91,10 @@ def open_image(source: Source) -> Image:
             from offload.images.nbd import NbdImage
 
             return NbdImage(source.uri, size_bytes=source.size_bytes, block_size=source.sector_size)
+        case RbdSource():
+            from offload.images.rbd import RbdImage
+
+            return RbdImage(source)
     assert_never(source)
 
 

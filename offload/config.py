@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from offload.ceph import ImageName
 from offload.errors import ConfigError, NotFoundError
 from offload.iqn import check_iqn
 from offload.model import Consistency, Volume
@@ -61,15 +62,51 @@ class VolumeConfig(_Model):
     """`[volumes.NAME]`."""
 
     provider: str
-    path: Path
+    path: Path | None = None  # of a file or a block device
+    image: str | None = None  # rbd: pool/image, or pool/namespace/image
     snapshot_dir: Path | None = None  # default: `.offload` beside the volume
     sector_size: Literal[512, 4096] | None = None  # default: found out
     qmp_socket: Path | None = None  # qcow2: the QMP socket of the QEMU that has the image open
+    conf: Path | None = None  # rbd: of the cluster; default: /etc/ceph/ceph.conf
+    user: str | None = None  # rbd: default: client.admin
 
-    @field_validator("path", "snapshot_dir", "qmp_socket")
+    @field_validator("path", "snapshot_dir", "qmp_socket", "conf")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return _absolute_path(value)
+
+    @field_validator("image")
+    @classmethod
+    def _image(cls, value: str | None) -> str | None:
+        return None if value is None else str(ImageName.parse(value))
+
+    @field_validator("user")
+    @classmethod
+    def _user(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"client\.\S+", value):
+            raise ValueError("must be client.NAME")
+        return value
+
+    @model_validator(mode="after")
+    def _place(self) -> VolumeConfig:
+        if self.provider == "rbd":
+            if self.image is None or self.path is not None:
+                raise ValueError("provider 'rbd' needs image = 'pool/image', and no path")
+            return self
+        if self.path is None:
+            raise ValueError("needs path, a file or block device")
+        for key in ("image", "conf", "user"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} goes with provider 'rbd' only")
+        return self
+
+    @property
+    def place(self) -> Path:
+        """The path, or where the kernel shows the image if it is mapped."""
+        if self.image is not None:
+            return ImageName.parse(self.image).device
+        assert self.path is not None  # noqa: S101 - _place has seen to it
+        return self.path
 
 
 class LocalQuiesce(_Model):
@@ -312,10 +349,12 @@ class Config(_Model):
         return Volume(
             name=name,
             provider=entry.provider,
-            path=entry.path,
+            path=entry.place,
             snapshot_dir=entry.snapshot_dir,
             sector_size=entry.sector_size,
             qmp_socket=entry.qmp_socket,
+            conf=entry.conf,
+            user=entry.user,
         )
 
     def group(self, name: str) -> GroupConfig:

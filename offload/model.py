@@ -63,7 +63,11 @@ class Instant(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
-    """A block device of production storage, as configured."""
+    """A block device of production storage, as configured.
+
+    `path` of an RBD image is what the kernel's client calls it where it is mapped:
+    /dev/rbd/POOL/IMAGE, there or not.
+    """
 
     name: str
     provider: str
@@ -71,6 +75,8 @@ class Volume:
     snapshot_dir: Path | None = None
     sector_size: int | None = None  # None: find out from the device or the partition table
     qmp_socket: Path | None = None  # of the QEMU that has the image open
+    conf: Path | None = None  # of the Ceph cluster that has the image
+    user: str | None = None  # of that cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +171,28 @@ class NbdSource:
     sector_size: int = 512
 
 
-Source = RawSource | Qcow2Source | BackupSource | NbdSource
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RbdSource:
+    """A snapshot of an image in a Ceph cluster: an ordinary one, or the only one of a group.
+
+    `cluster`, `pool` and `image` are ids; `name` is POOL/IMAGE as it was called. The user's key is
+    in the keyring that `conf` leads to.
+    """
+
+    cluster: str
+    pool: int
+    image: str
+    name: str
+    conf: Path
+    user: str
+    size_bytes: int
+    namespace: str = ""
+    snapshot: str | None = None
+    group: str | None = None
+    sector_size: int = 512
+
+
+Source = RawSource | Qcow2Source | BackupSource | NbdSource | RbdSource
 
 
 class ViewState(StrEnum):

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import UsageError
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, Source
+from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, RbdSource, Source
 
 _KINDS: dict[str, type[Source]] = {
     "raw": RawSource,
     "qcow2": Qcow2Source,
     "backup": BackupSource,
     "nbd": NbdSource,
+    "rbd": RbdSource,
 }
 _NAMES = {made: kind for kind, made in _KINDS.items()}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.testing.ceph import RunningCeph, running_ceph
 from offload.testing.pools import loop_pool
 
 pytest_plugins = ["offload.testing.lab.plugin"]
@@ -30,6 +31,13 @@ def btrfs_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The mount point of a fresh btrfs, 1 GiB, sparse. Mark the test `needs_root`."""
     with loop_pool(tmp_path_factory.mktemp("pool"), "btrfs") as point:
         yield point
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCeph]:
+    """A real Ceph cluster with the pool `vms`, shared by all tests: who makes an image removes it."""
+    with running_ceph(tmp_path_factory.mktemp("ceph") / "cluster") as cluster:
+        yield cluster
 
 
 @pytest.fixture

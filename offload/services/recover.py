@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from json import dumps
 from pathlib import Path
 
 from offload import compose
@@ -15,6 +14,7 @@ from offload.model import Connection, View
 from offload.services import connect, mount, overlays
 from offload.services.connect import ConnectionState
 from offload.services.context import Context
+from offload.snapshot_ref import ref_key
 
 
 class OrphanKind(StrEnum):
@@ -66,7 +66,7 @@ def find_orphans(ctx: Context) -> list[Orphan]:
 
 def _find_snapshots(ctx: Context) -> list[Orphan]:
     known = {
-        dumps(dict(snapshot.ref), sort_keys=True)
+        ref_key(snapshot.ref)
         for timemark in ctx.catalog.timemarks()
         for snapshot in timemark.snapshots
     }
@@ -78,11 +78,7 @@ def _find_snapshots(ctx: Context) -> list[Orphan]:
             refs = compose.snapshot_provider(name, ctx.instance.id).leftovers(volumes)
         except OffloadError:
             continue  # storage that cannot be looked at is `doctor`'s and `volume list`'s to report
-        found += [
-            Orphan(provider=name, ref=ref)
-            for ref in refs
-            if dumps(dict(ref), sort_keys=True) not in known
-        ]
+        found += [Orphan(provider=name, ref=ref) for ref in refs if ref_key(ref) not in known]
     return found
 
 

@@ -137,7 +137,7 @@ def _nbdkits(ctx: Context) -> list[int]:
 
 
 def _snapshot_files(ctx: Context) -> list[Path]:
-    base = ctx.instance.config.volumes["db"].path.parent / ".offload"
+    base = ctx.instance.config.volumes["db"].place.parent / ".offload"
     return [path for path in base.rglob("*") if path.is_file()]
 
 
@@ -154,7 +154,7 @@ def read(view: View, count: int, offset: int = 0) -> bytes:
 
 
 def test_mount_one_volume_of_a_timemark_shows_it_as_it_was(ctx: Context, mark: TimeMark) -> None:
-    ctx.instance.config.volumes["db"].path.write_bytes(b"changed since")
+    ctx.instance.config.volumes["db"].place.write_bytes(b"changed since")
     (view,) = mounts.mount(ctx, [f"timemark:{mark.id[:6]}/db"])
     assert read(view, 200) == b"db" * 100
     assert view.origin == f"timemark:{mark.id}/db"

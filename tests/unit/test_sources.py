@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from offload.errors import UsageError
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, Source
+from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, RbdSource, Source
 from offload.sources import source_from_dict, source_to_dict
 
 EXAMPLES: tuple[Source, ...] = (
@@ -16,8 +16,16 @@ EXAMPLES: tuple[Source, ...] = (
     Qcow2Source(path=Path("/q"), size_bytes=5, snapshot="s1"),
     Qcow2Source(path=Path("/q"), size_bytes=5),
     NbdSource(uri="nbd+unix:///x?socket=/s", size_bytes=9),
+    RbdSource(
+        cluster="c0", pool=3, namespace="n", image="1a", name="vms/n/db", snapshot="s",
+        conf=Path("/c.conf"), user="client.a", size_bytes=7,
+    ),
+    RbdSource(
+        cluster="c0", pool=3, image="1a", name="vms/db", group="g", conf=Path("/c"),
+        user="client.a", size_bytes=7, sector_size=4096,
+    ),
     BackupSource(store_url="/store", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c")),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("source", EXAMPLES)
