@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from offload import attachment, device_use, kernel_nbd, run
+from offload import attachment, device_use, kernel_nbd, qemu_nbd, run
 from offload.blockdev import device_read_only, device_sector_size, device_size
 from offload.errors import NotFoundError, UnavailableError, UsageError
 from offload.genetlink import Family
@@ -204,10 +204,10 @@ def test_attach_nobody_there_names_the_address(folder: Path) -> None:
 
 def test_attach_unknown_export_is_not_found(folder: Path, image: Path) -> None:
     socket = folder / "qemu.sock"
-    argv = ["qemu-nbd", "-r", "-f", "raw", "-x", "known", "-k", str(socket), str(image)]
-    process = run.spawn(argv, stdout=None, stderr=None)
+    argv = ["qemu-nbd", "-r", "-f", "raw", "-x", "known", "-e", "0", "-t", "-k"]
+    process = run.spawn([*argv, str(socket), str(image)], stdout=None, stderr=None)
     try:
-        wait_for(socket.exists)
+        wait_for(lambda: qemu_nbd.greets(socket))
         with pytest.raises(NotFoundError) as error:
             kernel_nbd.attach(
                 socket, identifier=NAME + "x", sector_size=512, read_only=True, export="unknown"

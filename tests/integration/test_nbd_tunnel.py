@@ -15,7 +15,7 @@ from pathlib import Path
 import nbd
 import pytest
 
-from offload import nbd_export, nbd_tunnel, procs, run
+from offload import nbd_export, nbd_tunnel, procs, qemu_nbd, run
 from offload.endpoint import NbdEndpoint, parse
 from offload.errors import ConfigError, NotFoundError, OffloadError, UnavailableError
 from offload.model import Exposure, RawSource
@@ -190,10 +190,10 @@ def test_open_export_silent_server_is_given_up(site: Site) -> None:
 
 def test_open_export_unknown_name_is_not_found(site: Site) -> None:
     path = site.folder / "qemu.sock"
-    argv = ["qemu-nbd", "-r", "-f", "raw", "-x", "known", "-k", str(path)]
+    argv = ["qemu-nbd", "-r", "-f", "raw", "-x", "known", "-e", "0", "-t", "-k", str(path)]
     process = run.spawn([*argv, str(site.folder / "image.raw")], stdout=None, stderr=None)
     try:
-        while not path.exists():
+        while not qemu_nbd.greets(path):
             assert process.poll() is None
             time.sleep(0.005)
         with pytest.raises(NotFoundError):
