@@ -83,6 +83,11 @@ def test_boot_failure_shows_the_end_of_the_console(tmp_path: Path) -> None:
     assert "Kernel panic" in (tmp_path / "console.log").read_text()
 
 
+def test_boot_qemu_that_refuses_is_an_error_with_its_words(tmp_path: Path) -> None:
+    with pytest.raises(GuestError, match=r"(?s)QEMU does not run: .*Invalid SMP CPUs 4096"):
+        Guest(tmp_path, cpus=4096)
+
+
 @pytest.fixture
 def checkout() -> Iterator[Path]:
     """This package and a Python environment, copied to where the guest has its own file system."""

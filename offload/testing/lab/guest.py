@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 import offload
+from offload.errors import UnavailableError
 from offload.testing.lab import initramfs
 from offload.testing.lab.channel import Channel, GuestError, RemoteCommand
 from offload.testing.lab.disks import Disks
@@ -60,9 +61,12 @@ class Guest:
         memory_mib: int = 1536,
         cpus: int = 2,
         visible: Sequence[Path] = (),
+        systemd: bool = False,
     ) -> None:
         """Boot, and wait until commands can run. `folder` takes the logs.
 
+        With `systemd` that is process 1, with udev, and no more of a host's services than units
+        need (commands run beside it, in no unit's sandbox); it takes half a minute longer.
         The guest's /run and /tmp are its own; folders of the host in there that it is to see are
         `visible` (the package and the Python environment always are). GuestError if it does not
         come up, with the end of the console; UnavailableError naming the package that is missing.
@@ -78,7 +82,7 @@ class Guest:
         initramfs.build(
             self._hardware.initramfs,
             kernel,
-            settings=agent_settings(),
+            settings=agent_settings(systemd=systemd),
             visible=initramfs.hidden_folders([*always_visible(), *visible]),
         )
         self._disks = Disks(self._shell_with)
@@ -90,13 +94,16 @@ class Guest:
         self._machine = Machine(self._hardware, self.log.parent)
         try:
             self._channel = Channel(self._machine.wire)
-            self._monitor = Monitor(self._machine.monitor)
             self._wait_booted()
         except BaseException:
             self._machine.cut()
             raise
 
     def _wait_booted(self) -> None:
+        try:
+            self._monitor = Monitor(self._machine.monitor)
+        except UnavailableError as error:
+            raise GuestError(f"QEMU does not run: {error}{self.tails()}") from error
         if not self._channel.wait_ready(_BOOT_S):
             how = f"said nothing for {_BOOT_S:.0f} s" if self.alive() else "ended"
             raise GuestError(f"the lab guest did not boot: it {how}{self.tails()}")
@@ -275,10 +282,10 @@ class Guest:
         return "" if self.alive() else self.tails()
 
 
-def agent_settings() -> dict[str, str]:
-    """What `start` needs to find the agent."""
-    here = Path(__file__).parent
-    return {"LAB_START": str(here / "start"), "LAB_PACKAGES": str(_PACKAGES)}
+def agent_settings(*, systemd: bool = False) -> dict[str, str]:
+    """Which process 1 it is, and what that needs to find the agent."""
+    start = Path(__file__).with_name("start-systemd" if systemd else "start")
+    return {"LAB_START": str(start), "LAB_PACKAGES": str(_PACKAGES)}
 
 
 def always_visible() -> list[Path]:
