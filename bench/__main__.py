@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from bench import backups, mounts, reading, stages
+from bench import backups, mounts, reading, stages, targets
 from bench.ground import choose_folder, ground
 from bench.report import Table, write_page
 
-PARTS = ("stages", "full", "reading", "incremental", "start", "many")
+PARTS = ("stages", "full", "reading", "incremental", "start", "many", "targets", "luns", "first")
 
 
 def main() -> int:
@@ -61,6 +61,12 @@ def _measure(folder: Path, wanted: list[str], rounds: int) -> list[Table]:
             show(mounts.start_up(place, rounds))
         if "many" in wanted:
             show(mounts.many(place))
+        if "targets" in wanted:
+            show(targets.reading(place, rounds))
+        if "luns" in wanted:
+            show(targets.many(place))
+        if "first" in wanted:
+            show(targets.first_read(place, rounds))
     return tables
 
 

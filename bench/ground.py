@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.measure import Sample, once
 from offload import run
+from offload.testing.instances import free_port
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -86,7 +87,7 @@ def ground(folder: Path) -> Iterator[Ground]:
         run.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(file)])
         run.run(["mount", "-o", "loop", str(file), str(pool)])
         made = Ground(folder=folder, pool=pool, config=folder / "offload.toml")
-        made.config.write_text(_CONFIG.format(folder=folder, pool=pool))
+        made.config.write_text(_CONFIG.format(folder=folder, pool=pool, port=free_port()))
         make_mixed(made.image)
         yield made
 
@@ -108,6 +109,8 @@ volumes = ["sparse"]
 kind = "disk"
 path = "{folder}/store"
 min_free = "64MiB"
+[iscsi]
+port = {port}
 """
 
 
