@@ -1,4 +1,4 @@
-"""Holds on TimeMarks: whoever reads one keeps it from being deleted.
+"""Holds on TimeMarks: whoever reads one keeps it from being deleted. And claims on views.
 
 A hold is a shared flock on a file in the state folder; it goes with the process that has it, so a
 crash leaves none behind. Deleting takes the same lock exclusively. What lasts longer than a
@@ -21,7 +21,7 @@ from offload.instance import Instance
 @contextmanager
 def hold_timemark(instance: Instance, timemark: str) -> Iterator[None]:
     """Keep a TimeMark while the block runs. BusyError (`timemark-going`) if it is being deleted."""
-    with _locked(instance, timemark, fcntl.LOCK_SH) as got:
+    with _locked(instance, timemark, fcntl.LOCK_SH | fcntl.LOCK_NB) as got:
         if not got:
             raise BusyError(f"timemark {timemark} is being deleted", code="timemark-going")
         yield
@@ -30,7 +30,7 @@ def hold_timemark(instance: Instance, timemark: str) -> Iterator[None]:
 @contextmanager
 def claim_timemark(instance: Instance, timemark: str) -> Iterator[None]:
     """Have a TimeMark alone, to delete it. BusyError (`timemark-in-use`) while it is held."""
-    with _locked(instance, timemark, fcntl.LOCK_EX) as got:
+    with _locked(instance, timemark, fcntl.LOCK_EX | fcntl.LOCK_NB) as got:
         if not got:
             raise BusyError(
                 f"timemark {timemark} is being read by a running backup, mount or restore",
@@ -38,6 +38,15 @@ def claim_timemark(instance: Instance, timemark: str) -> Iterator[None]:
                 hint="wait until it has ended; see: offload status",
             )
         yield
+
+
+@contextmanager
+def claim_view(instance: Instance, view: str, *, wait: bool) -> Iterator[bool]:
+    """Have a view alone, to take it away or to serve it again. Without `wait`, False at once where
+    another process has it."""
+    flags = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    with _locked(instance, f"view-{view}", flags) as got:
+        yield got
 
 
 def _folder(instance: Instance) -> Path:
@@ -49,7 +58,7 @@ def _lock_file(path: Path, how: int) -> int | None:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
+            fcntl.flock(fd, how)
             if os.fstat(fd).st_nlink:
                 return fd
         except BlockingIOError:
@@ -62,17 +71,17 @@ def _lock_file(path: Path, how: int) -> int | None:
 
 
 @contextmanager
-def _locked(instance: Instance, timemark: str, how: int) -> Iterator[bool]:
+def _locked(instance: Instance, name: str, how: int) -> Iterator[bool]:
     folder = _folder(instance)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / timemark
+    path = folder / name
     fd = _lock_file(path, how)
     if fd is None:
         yield False
         return
     try:
         yield True
-        if how == fcntl.LOCK_EX:
+        if how & fcntl.LOCK_EX:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
     finally:

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from offload import compose, overlay
 from offload.catalog.store import Catalog
 from offload.errors import BusyError, OffloadError, UsageError
-from offload.holds import hold_timemark
+from offload.holds import claim_view, hold_timemark
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.journal import Operation
@@ -135,6 +135,16 @@ def unmount(
     chosen = list({view.id: view for view in found}.values())
     if not chosen:
         return []
+    with ExitStack() as claims:
+        for view in sorted(chosen, key=lambda view: view.id):  # waits while one is served again
+            claims.enter_context(claim_view(ctx.instance, view.id, wait=True))
+        going = {view.id for view in chosen}
+        return _unmount(ctx, [view for view in ctx.catalog.views() if view.id in going], force)
+
+
+def _unmount(ctx: Context, chosen: Sequence[View], force: bool) -> list[View]:
+    if not chosen:
+        return []
     attached = connect.of_views(ctx.catalog, chosen)
     if not force:
         _check_unconnected(attached)
@@ -155,7 +165,7 @@ def unmount(
         for number, made in enumerate(fresh, 1):
             timemark.delete_if_unused(ctx, made)
             op.done(f"timemark-{number}")
-    return chosen
+    return list(chosen)
 
 
 def views(ctx: Context) -> list[ViewStatus]:
@@ -177,18 +187,22 @@ def views(ctx: Context) -> list[ViewStatus]:
 def remount(ctx: Context) -> Remounted:
     """Serve again, at the same address, every view whose server is gone (a reboot, a kill).
 
-    One that cannot be served is a warning, and the next ones are tried all the same.
+    One that cannot be served is a warning, and the next ones are tried all the same. Left alone are
+    those that another process is mounting, taking away or serving again.
     """
     served, warnings = [], []
     for status in views(ctx):
         view = status.view
-        if status.alive or view.state is ViewState.CLOSING:
+        if status.alive:
             continue
         try:
-            served.append(_serve_again(ctx, view))
+            with claim_view(ctx.instance, view.id, wait=False) as mine:
+                again = _serve_if_dead(ctx, view.id) if mine else None
         except OffloadError as error:
             way_out = f" ({error.hint})" if error.hint else ""
             warnings.append(f"view {view.name} cannot be served again: {error.message}{way_out}")
+        else:
+            served += [again] if again is not None else []
     return Remounted(views=tuple(served), warnings=tuple(warnings))
 
 
@@ -342,6 +356,29 @@ def _exported(ctx: Context, view: View, exposure: Exposure) -> View:
         )
     )
     return replace(view, uri=endpoint.uri, server=endpoint.server)
+
+
+def _serve_if_dead(ctx: Context, view_id: str) -> View | None:
+    """With the view claimed: as it is now, which need not be what it was before."""
+    view = next((view for view in ctx.catalog.views() if view.id == view_id), None)
+    if view is None or view.state is ViewState.CLOSING:
+        return None
+    if any(intent.args.get("id") == view_id for intent in ctx.journal.running_intents()):
+        return None  # mounted just now, or taken back by a recovery
+    if compose.target(view.target, ctx.instance).alive(_run_dir(ctx, view.id), view.server):
+        return None
+    with ExitStack() as stack:
+        return _serve_again(ctx, _with_source(ctx, view, stack))
+
+
+def _with_source(ctx: Context, view: View, stack: ExitStack) -> View:
+    """A snapshot may have to be made readable again after a reboot; its TimeMark is held."""
+    origin = parse_origin(view.origin)
+    if origin.kind is not OriginKind.TIMEMARK:
+        return view
+    stack.enter_context(hold_timemark(ctx.instance, origin.id))
+    (point,) = points.of_timemark(ctx, origin)
+    return replace(view, source=point.source)
 
 
 def _serve_again(ctx: Context, view: View) -> View:
