@@ -18,6 +18,7 @@ class Quiescer(Protocol):
     name: str  # for the report, e.g. "local:/srv/shop/db"
     kind: str
     volumes: tuple[str, ...]  # which volumes' writers it holds
+    freezes: tuple[str, ...]  # on whose own device it freezes a file system of this machine
 
     def check(self) -> None:
         """Refuse what must never be frozen or cannot be: raises ConfigError, NotFoundError,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from offload.extents import Ranges
-from offload.model import Instant, Snapshot, Source, Volume
+from offload.model import Consistency, Instant, Snapshot, Source, Volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,11 @@ class VolumeState:
     pool_size_bytes: int
     pool_free_bytes: int
     needed_bytes: int  # space that a snapshot takes at once in the pool
+    metadata_size_bytes: int = 0  # of a pool that keeps its metadata apart; 0: it does not
+    metadata_free_bytes: int = 0
+    # The snapshot freezes a file system that is mounted from the volume on this host: a quiescer
+    # must not have done so before.
+    freezes_itself: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,23 @@ class Plan:
     instant_alone: Instant  # ONE if the provider makes one instant of all of them by itself
     estimate_s: float
     notes: tuple[str, ...] = ()  # what the TimeMark's report must say of these snapshots
+    # What each snapshot reaches without a quiescer; empty: crash consistency. `snapshot` fails
+    # where it reached less.
+    consistency: tuple[Consistency, ...] = ()
+
+
+@runtime_checkable
+class HoldsForChanged(Protocol):
+    """A provider whose `changed` holds something on the storage while it looks: it is journalled
+    before, so that it is let go of where the process dies."""
+
+    def changed_undo(self, newer: Snapshot) -> dict[str, str]:
+        """The arguments of `release_changed`. Changes nothing."""
+        ...
+
+    def release_changed(self, args: Mapping[str, str]) -> None:
+        """Let go of what a dead process held. Idempotent; what others hold is never touched."""
+        ...
 
 
 class SnapshotProvider(Protocol):

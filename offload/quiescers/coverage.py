@@ -52,6 +52,21 @@ def cover(frozen: Sequence[MountPoint], paths: Mapping[str, Path]) -> Coverage:
     return Coverage(held=tuple(held), loose=loose, opaque=opaque)
 
 
+def carrying(frozen: Sequence[MountPoint], paths: Mapping[str, Path]) -> tuple[str, ...]:
+    """Volumes on whose own device, not on a partition or a layer above it, one of the frozen file
+    systems lies."""
+    devices = frozenset(device for mount in frozen for device in mountinfo.devices_of(mount))
+    return tuple(volume for volume, path in paths.items() if _number_of(path) in devices)
+
+
+def _number_of(path: Path) -> Device | None:
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if stat.S_ISBLK(status.st_mode):
+            return os.major(status.st_rdev), os.minor(status.st_rdev)
+    return None
+
+
 def _lies_on(backing: Backing, path: Path) -> bool:
     with contextlib.suppress(OSError):
         status = os.stat(path)

@@ -52,6 +52,7 @@ class LocalQuiescer:
         found = [mountinfo.find_mount(path, table) for path in entry.mounts]
         self._mounts = [m for m in found if m is not None and not m.read_only]
         self.volumes = self._held_volumes()
+        self.freezes = coverage.carrying(self._mounts, self._paths())
         # one freeze a file system: a second mount of it would be refused as frozen already
         points = {m.device: m.point for m in reversed(self._mounts)}
         self._holder = Holder(instance, Targets(mounts=tuple(points.values()))) if points else None
@@ -127,8 +128,7 @@ class LocalQuiescer:
         declared = self._entry.volumes
         if not self._entry.mounts:
             return declared or self._group_volumes
-        paths = {name: self._instance.config.volume(name).path for name in self._group_volumes}
-        found = coverage.cover(self._mounts, paths)
+        found = coverage.cover(self._mounts, self._paths())
         for volume, points in found.loose.items():
             shown = ", ".join(str(point) for point in points)
             self._notes.append(f"{volume} is not held: {shown} on it would go on writing")
@@ -139,6 +139,9 @@ class LocalQuiescer:
         if word:
             self._notes.append(f"held by the configuration's word alone: {', '.join(word)}")
         return tuple(taken)
+
+    def _paths(self) -> dict[str, Path]:
+        return {name: self._instance.config.volume(name).path for name in self._group_volumes}
 
     def undos(self) -> list[tuple[str, dict[str, str]]]:
         """`run-post` first, `thaw-local` last: the thaw is undone before the post command runs."""

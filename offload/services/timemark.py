@@ -175,10 +175,13 @@ class _Director:
         missing = [v.name for v in self.volumes if v.name not in covered]
         if not _one_instant(plans) and missing:
             self._not_atomic(missing)
-        if self.least is not Consistency.CRASH and missing:
+        self._refuse_freezing_twice(held, states)
+        reached = _reached_alone(plans)
+        weak = [v for v in missing if reached[v].rank < self.least.rank]
+        if weak:
             raise PolicyError(
                 f"group {self.name} asks for {self.least} consistency, but nothing quiesces "
-                + ", ".join(missing),
+                + ", ".join(weak),
                 code="consistency-not-reached",
                 hint=f"add a [[groups.{self.name}.quiesce]] entry, or accept less: "
                 "--consistency crash",
@@ -193,6 +196,21 @@ class _Director:
                 hint="defragment the volumes (xfs_fsr, btrfs filesystem defragment) "
                 f"or raise groups.{self.name}.deadline_s",
             )
+
+    def _refuse_freezing_twice(
+        self, held: Sequence[_Held], states: Mapping[str, VolumeState]
+    ) -> None:
+        """What freezes a file system with its device cannot do so while it is frozen."""
+        for entry in held:
+            twice = [v for v in entry.quiescer.freezes if states[v].freezes_itself]
+            if twice:
+                raise PolicyError(
+                    f"{entry.quiescer.name} freezes file systems on {', '.join(twice)}, which the "
+                    "snapshot freezes itself: it would fail",
+                    code="frozen-twice",
+                    hint=f"remove their mount points from mounts in [[groups.{self.name}.quiesce]]"
+                    "; writers of several volumes are held by pre and post commands",
+                )
 
     def _not_atomic(self, missing: Sequence[str]) -> None:
         what = (
@@ -302,7 +320,7 @@ class _Director:
     ) -> TimeMark:
         """Label what was reached, honestly; refuse it if that is less than was asked for."""
         reports = tuple(entry.report() for entry in held)
-        level = {v.name: Consistency.CRASH for v in self.volumes}
+        level = _reached_alone(plans)
         for report in reports:
             if report.frozen:
                 for volume in report.volumes:
@@ -357,6 +375,19 @@ def _one_instant(plans: Sequence[tuple[SnapshotProvider, Plan]]) -> Instant | No
     if len(plans) == 1 and plans[0][1].instant_alone is Instant.ONE:
         return Instant.ONE
     return None
+
+
+def _reached_alone(plans: Sequence[tuple[SnapshotProvider, Plan]]) -> dict[str, Consistency]:
+    """What each volume's snapshot reaches without a quiescer."""
+    return {
+        volume.name: level
+        for _, plan in plans
+        for volume, level in zip(
+            plan.volumes,
+            plan.consistency or [Consistency.CRASH] * len(plan.volumes),
+            strict=True,
+        )
+    }
 
 
 def _in_order(volumes: Sequence[Volume], made: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
