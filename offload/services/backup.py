@@ -31,7 +31,7 @@ from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.engine.trust import sample_unchanged
 from offload.engine.writeimage import Counts, Job, write_image
-from offload.errors import NotFoundError, OffloadError, UsageError
+from offload.errors import BusyError, NotFoundError, OffloadError, UsageError
 from offload.extents import Ranges, total
 from offload.format import layout
 from offload.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_hash
@@ -39,7 +39,7 @@ from offload.holds import hold_timemark
 from offload.ids import new_id
 from offload.image import Image
 from offload.instance import Instance
-from offload.journal import step
+from offload.journal import Operation, step
 from offload.model import (
     Backup,
     BackupId,
@@ -56,6 +56,7 @@ from offload.quantity import Watermark
 from offload.services import points, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
+from offload.snapshot import HoldsForChanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ def backup(
     with ExitStack() as stack:
         op = stack.enter_context(ctx.journal.operation("backup", what))
         repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
-        run = _Run(ctx, repository, name, progress or NoProgress())
+        run = _Run(ctx, op, repository, name, progress or NoProgress())
         mark: TimeMark | None = None
         # Undone last: once the parent links have moved, those that were parents go.
         op.intend("parents", "delete-unused", {"ids": dump(run.parent_timemarks())})
@@ -214,9 +215,15 @@ class _Run:
     """One backup being written."""
 
     def __init__(
-        self, ctx: Context, repository: Repository, store: str, progress: Progress
+        self,
+        ctx: Context,
+        op: Operation,
+        repository: Repository,
+        store: str,
+        progress: Progress,
     ) -> None:
         self.ctx = ctx
+        self.op = op
         self.repository = repository
         self.store = store
         self.progress = progress
@@ -346,14 +353,23 @@ class _Run:
             return _no_parent("the volume was made anew since the parent backup")
         shape = self.repository.shape(record.size_bytes)
         tree = TreeReader(self.repository, bytes.fromhex(record.root), shape)
-        older = self._parent_snapshot(link.timemark if link else None, entry)
-        if older is None or entry.snapshot is None:
-            reason = "the parent's TimeMark is gone from the storage: all data was read"
-            return _Parent(backup=known.id, tree=tree, changed=None, reason=reason)
-        provider = compose.snapshot_provider(entry.snapshot.provider, self.ctx.instance.id)
-        changed = provider.changed(older, entry.snapshot)
+        with ExitStack() as stack:
+            older = self._parent_snapshot(link.timemark if link else None, entry, stack)
+            if older is None or entry.snapshot is None:
+                reason = "the parent's TimeMark is gone from the storage: all data was read"
+                return _Parent(backup=known.id, tree=tree, changed=None, reason=reason)
+            changed = self._changed(older, entry.snapshot)
         reason = "" if changed is not None else "the storage cannot say what changed"
         return _Parent(backup=known.id, tree=tree, changed=changed, reason=reason)
+
+    def _changed(self, older: Snapshot, newer: Snapshot) -> Ranges | None:
+        provider = compose.snapshot_provider(newer.provider, self.ctx.instance.id)
+        if isinstance(provider, HoldsForChanged):
+            held = {"provider": newer.provider, "held": dump(provider.changed_undo(newer))}
+            self.op.intend(f"changed-{newer.volume}", "release-changed", held)
+        changed = provider.changed(older, newer)
+        step("backup.changed.known")
+        return changed
 
     def _last_backup(self, volume: str) -> Backup | None:
         """The newest backup in this store that has the volume, from the catalog."""
@@ -371,12 +387,16 @@ class _Run:
             return None
         return decode_manifest(name, raw, self.repository.keys, self.store).backup
 
-    def _parent_snapshot(self, mark: str | None, entry: _Input) -> Snapshot | None:
+    def _parent_snapshot(
+        self, mark: str | None, entry: _Input, stack: ExitStack
+    ) -> Snapshot | None:
+        """The parent's snapshot of the volume, held on `stack`; None where it is gone or going."""
         if mark is None or entry.snapshot is None:
             return None
         try:
+            stack.enter_context(hold_timemark(self.ctx.instance, mark))
             older = self.ctx.catalog.timemark(mark).snapshot(entry.volume)
-        except NotFoundError:
+        except (NotFoundError, BusyError):
             return None
         if older is None or older.provider != entry.snapshot.provider:
             return None
@@ -441,6 +461,13 @@ def _newest_manifest(repository: Repository) -> str | None:
 
 
 # -- the end of a backup -----------------------------------------------------------------------
+
+
+def undo_changed(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+    """Let go of what the storage held while it was asked what changed."""
+    provider = compose.snapshot_provider(args["provider"], instance.id)
+    if isinstance(provider, HoldsForChanged):
+        provider.release_changed(json.loads(args["held"]))
 
 
 def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:

@@ -28,6 +28,7 @@ ACTIONS = {
     "detach-device": "offload.services.connect:undo_device",  # id, uri, identifier, folder, …
     "detach-again": "offload.services.connect:undo_again",  # the same; the connection stays
     "remove-device-link": "offload.services.connect:undo_link",  # name, device
+    "release-changed": "offload.services.backup:undo_changed",  # provider, held (JSON)
     "abort-backup": "offload.services.backup:undo_backup",  # store_url, backup
     "delete-backup": "offload.services.backups:undo_delete",  # store_url, backup, timemark
     "abort-prune": "offload.services.prune:undo_prune",  # store_url, backup
