@@ -218,6 +218,15 @@ class Journal:
                 count += fd is None and path.exists()
         return count
 
+    def running_intents(self) -> list[Intent]:
+        """What the operations of live processes, also of this one, have announced."""
+        found: list[Intent] = []
+        for path in self._files():
+            with _try_lock(path) as fd, contextlib.suppress(FileNotFoundError, IntegrityError):
+                entry = _read(path) if fd is None else None
+                found += entry.intents if entry else ()
+        return found
+
     def recover(self) -> list[Leftover]:
         """Undo what dead processes of this host left; returns what was undone.
 

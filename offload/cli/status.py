@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
-    from offload.services.status import StatusReport
+    from offload.services.status import PoolStatus, StatusReport
 
 
 @click.command(cls=Command, examples=["offload status", "offload status --json"])
@@ -56,12 +56,20 @@ def _pools(report: StatusReport) -> None:
             show_size(pool.free_bytes),
             show_size(pool.size_bytes),
             show_size(pool.watermark_bytes),
+            _metadata(pool),
             "low" if pool.low else "ok",
             ", ".join(pool.volumes),
         ]
         for pool in report.pools
     ]
-    _section("Pools", ["pool", "free", "size", "watermark", "state", "volumes"], rows)
+    _section("Pools", ["pool", "free", "size", "watermark", "metadata", "state", "volumes"], rows)
+
+
+def _metadata(pool: PoolStatus) -> str:
+    """`7.2 MiB of 8.0 MiB` free, or a dash."""
+    if not pool.metadata_size_bytes:
+        return "-"
+    return f"{show_size(pool.metadata_free_bytes)} of {show_size(pool.metadata_size_bytes)}"
 
 
 def _groups(report: StatusReport) -> None:

@@ -8,7 +8,9 @@ within each class, until there is room:
 2. those that a person made and did not protect (`--keep`);
 3. those that only serve as parents: the next backup then reads the whole volume.
 
-Never: one that a view, a backup or a restore is reading, and one that is protected.
+Never: one that a view, a backup or a restore is reading, one that a running operation has made, and
+one that is protected. A pool that keeps its metadata apart (a thin pool) is as full as the fuller
+of both. `offload watch` makes the same comparison all the time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json import loads
 
 from offload import compose
 from offload.errors import BusyError, OffloadError, PolicyError
@@ -28,22 +31,45 @@ from offload.snapshot import VolumeState
 log = logging.getLogger(__name__)
 
 _SETTLE_S = 1.0
+# Of a pool's metadata, whatever [pool] min_free says in bytes of data. LVM makes no snapshot with
+# less than the smaller of a quarter and 4 MiB free (lib/metadata/thin_manip.c).
+_METADATA = Watermark(fraction=0.1)
+_METADATA_SHARE, _METADATA_BYTES = 0.25, 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolState:
-    """Space of one pool now, in bytes. `wanted_bytes` is what must stay free."""
+    """Space of one pool now, in bytes. `wanted_bytes` is what must stay free. Of metadata all is 0
+    where the pool does not keep it apart."""
 
     name: str
     size_bytes: int
     free_bytes: int
     wanted_bytes: int
     volumes: tuple[str, ...]
+    metadata_size_bytes: int = 0
+    metadata_free_bytes: int = 0
+    metadata_wanted_bytes: int = 0
 
     @property
     def low(self) -> bool:
         """Whether new TimeMarks are refused."""
-        return self.free_bytes < self.wanted_bytes
+        return self.lacks(0)
+
+    def lacks(self, needed_bytes: int) -> bool:
+        """Whether too little would be free once `needed_bytes` more are taken."""
+        return (
+            self.free_bytes - needed_bytes < self.wanted_bytes
+            or self.metadata_free_bytes < self.metadata_wanted_bytes
+        )
+
+    def shortage(self) -> str:
+        """What is free and what must stay free, for a person; of what is scarce."""
+        free, wanted, what = self.free_bytes, self.wanted_bytes, ""
+        if self.metadata_free_bytes < self.metadata_wanted_bytes:
+            free, wanted = self.metadata_free_bytes, self.metadata_wanted_bytes
+            what = " for metadata"
+        return f"{show_size(free)} free{what}, under its watermark of {show_size(wanted)}"
 
 
 def survey(ctx: Context, states: Mapping[str, VolumeState]) -> list[PoolState]:
@@ -54,14 +80,24 @@ def survey(ctx: Context, states: Mapping[str, VolumeState]) -> list[PoolState]:
         if not state.pool:
             continue
         before = found.get(state.pool)
-        found[state.pool] = PoolState(
-            name=state.pool,
-            size_bytes=state.pool_size_bytes,
-            free_bytes=state.pool_free_bytes,
-            wanted_bytes=mark.of(state.pool_size_bytes),
-            volumes=((*before.volumes, volume) if before else (volume,)),
-        )
+        found[state.pool] = _pool(mark, state, (*before.volumes, volume) if before else (volume,))
     return list(found.values())
+
+
+def _pool(mark: Watermark, state: VolumeState, volumes: tuple[str, ...]) -> PoolState:
+    whole = state.metadata_size_bytes
+    share = max(mark.fraction, _METADATA.fraction if mark.bytes else 0.0)
+    floor = min(int(whole * _METADATA_SHARE), _METADATA_BYTES)
+    return PoolState(
+        name=state.pool,
+        size_bytes=state.pool_size_bytes,
+        free_bytes=state.pool_free_bytes,
+        wanted_bytes=mark.of(state.pool_size_bytes),
+        volumes=volumes,
+        metadata_size_bytes=whole,
+        metadata_free_bytes=state.metadata_free_bytes,
+        metadata_wanted_bytes=max(int(whole * share), floor),
+    )
 
 
 def inspect_all(ctx: Context) -> tuple[dict[str, VolumeState], dict[str, OffloadError]]:
@@ -86,17 +122,11 @@ def ensure_room(ctx: Context, states: Mapping[str, VolumeState]) -> list[TimeMar
     gone: list[TimeMark] = []
     for pool in survey(ctx, states):
         needed = sum(states[v].needed_bytes for v in pool.volumes)
-        free = pool.free_bytes
-        candidates = _candidates(ctx, pool) if ctx.instance.config.pool.reclaim else []
-        while free - needed < pool.wanted_bytes and candidates:
-            oldest = candidates.pop(0)
-            if _reclaim(ctx, oldest):
-                gone.append(oldest)
-                free = _free_after(ctx, pool, free)
-        if free - needed < pool.wanted_bytes:
+        left = _make_room(ctx, pool, needed, gone)
+        if left.lacks(needed):
+            more = f" once {show_size(needed)} are taken" if needed else ""
             raise PolicyError(
-                f"the pool {pool.name} has {show_size(free)} free; a TimeMark needs "
-                f"{show_size(needed)} and {show_size(pool.wanted_bytes)} must stay free",
+                f"the pool {pool.name} has {left.shortage()}{more}",
                 code="pool-full",
                 hint="delete TimeMarks (offload timemark list), grow the pool, "
                 "or lower [pool] min_free",
@@ -104,11 +134,31 @@ def ensure_room(ctx: Context, states: Mapping[str, VolumeState]) -> list[TimeMar
     return gone
 
 
+def relieve(ctx: Context, pool: PoolState) -> tuple[PoolState, list[TimeMark]]:
+    """Make room in a pool that is low, as far as it goes; how it is then, and what went."""
+    gone: list[TimeMark] = []
+    return _make_room(ctx, pool, 0, gone), gone
+
+
+def _make_room(ctx: Context, pool: PoolState, needed: int, gone: list[TimeMark]) -> PoolState:
+    """Delete TimeMarks (appended to `gone`) until `needed` bytes can be taken, or none may go."""
+    if not pool.lacks(needed) or not ctx.instance.config.pool.reclaim:
+        return pool
+    candidates = _candidates(ctx, pool)
+    while pool.lacks(needed) and candidates:
+        oldest = candidates.pop(0)
+        if _reclaim(ctx, oldest):
+            gone.append(oldest)
+            pool = _after(ctx, pool)
+    return pool
+
+
 def _candidates(ctx: Context, pool: PoolState) -> list[TimeMark]:
     """TimeMarks that may go, in the order of this module's documentation."""
     here = _volumes_of(ctx, pool)
     shown = {view.origin.partition("/")[0] for view in ctx.catalog.views()}
     parents = {link.timemark for link in ctx.catalog.parents()}
+    in_work = _in_work(ctx)
 
     def rank(timemark: TimeMark) -> int:
         if timemark.id in parents:
@@ -119,10 +169,22 @@ def _candidates(ctx: Context, pool: PoolState) -> list[TimeMark]:
         t
         for t in ctx.catalog.timemarks()
         if not t.keep
+        and t.id not in in_work
         and f"timemark:{t.id}" not in shown
         and any(s.volume in here for s in t.snapshots)
     ]
     return sorted(free_to_go, key=lambda t: (rank(t), t.created_at))
+
+
+def _in_work(ctx: Context) -> set[str]:
+    """TimeMarks that running operations have made for themselves: until there is a view, or the
+    backup reads it, nothing else tells that they are needed."""
+    return {
+        timemark
+        for intent in ctx.journal.running_intents()
+        if intent.step == "timemark" and "ids" in intent.args
+        for timemark in loads(intent.args["ids"])
+    }
 
 
 def _volumes_of(ctx: Context, pool: PoolState) -> set[str]:
@@ -143,14 +205,18 @@ def _reclaim(ctx: Context, timemark: TimeMark) -> bool:
     return True
 
 
-def _free_after(ctx: Context, pool: PoolState, before: int) -> int:
-    """Free space once a deletion shows: XFS gives blocks back a moment later, and deciding too
-    soon would cost one TimeMark more than needed."""
-    volume = ctx.instance.config.volume(pool.volumes[0])
+def _after(ctx: Context, before: PoolState) -> PoolState:
+    """The pool once a deletion shows: XFS gives blocks back a moment later, and deciding too soon
+    would cost one TimeMark more than needed."""
+    volume = ctx.instance.config.volume(before.volumes[0])
     provider = compose.snapshot_provider(volume.provider, ctx.instance.id)
+    mark = Watermark.parse(ctx.instance.config.pool.min_free)
     until = time.monotonic() + _SETTLE_S
     while True:
-        free = provider.inspect(volume).pool_free_bytes
-        if free > before or time.monotonic() > until:
-            return free
+        now = _pool(mark, provider.inspect(volume), before.volumes)
+        more = now.free_bytes > before.free_bytes
+        if more or now.metadata_free_bytes > before.metadata_free_bytes:
+            return now
+        if time.monotonic() > until:
+            return now
         time.sleep(0.05)

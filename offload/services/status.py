@@ -8,23 +8,26 @@ from datetime import UTC, datetime
 
 from offload.journal import Leftover
 from offload.model import Backup, TimeMark
-from offload.quantity import show_size
 from offload.services import mount, overlays
 from offload.services.context import Context
-from offload.services.pools import survey
+from offload.services.pools import PoolState, survey
 from offload.services.volumes import VolumeReport, look_at_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStatus:
-    """The space of one pool of production storage."""
+    """The space of one pool of production storage. Of metadata all is 0 where the pool does not
+    keep it apart."""
 
     name: str
     volumes: tuple[str, ...]
     size_bytes: int
     free_bytes: int
     watermark_bytes: int
-    low: bool  # under the watermark: new TimeMarks are refused
+    metadata_size_bytes: int
+    metadata_free_bytes: int
+    metadata_watermark_bytes: int
+    low: bool  # one of both is under its watermark: new TimeMarks are refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,8 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
     """Look, change nothing. A volume that cannot be looked at becomes an alarm."""
     at = now or datetime.now(UTC)
     reports = look_at_all(context.instance.config)
-    pools = _pools(context, reports)
+    states = {r.volume.name: r.state for r in reports if r.state is not None and r.state.pool}
+    pools = survey(context, states)
     views = tuple(_view(status) for status in mount.views(context))
     known = context.catalog.backups()
     leftovers = tuple(_leftover(entry) for entry in context.journal.leftovers())
@@ -105,7 +109,7 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
     ]
     return StatusReport(
         at=at,
-        pools=pools,
+        pools=tuple(_pool(pool) for pool in pools),
         groups=_groups(context),
         views=views,
         backups=_backups(context, known, at),
@@ -115,18 +119,17 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
     )
 
 
-def _pools(context: Context, reports: Sequence[VolumeReport]) -> tuple[PoolStatus, ...]:
-    states = {r.volume.name: r.state for r in reports if r.state is not None and r.state.pool}
-    return tuple(
-        PoolStatus(
-            name=pool.name,
-            volumes=pool.volumes,
-            size_bytes=pool.size_bytes,
-            free_bytes=pool.free_bytes,
-            watermark_bytes=pool.wanted_bytes,
-            low=pool.low,
-        )
-        for pool in survey(context, states)
+def _pool(pool: PoolState) -> PoolStatus:
+    return PoolStatus(
+        name=pool.name,
+        volumes=pool.volumes,
+        size_bytes=pool.size_bytes,
+        free_bytes=pool.free_bytes,
+        watermark_bytes=pool.wanted_bytes,
+        metadata_size_bytes=pool.metadata_size_bytes,
+        metadata_free_bytes=pool.metadata_free_bytes,
+        metadata_watermark_bytes=pool.metadata_wanted_bytes,
+        low=pool.low,
     )
 
 
@@ -204,13 +207,10 @@ def _volume_alarms(reports: Sequence[VolumeReport]) -> Iterator[str]:
             yield f"volume {report.volume.name}: {report.error.message}"
 
 
-def _pool_alarms(pools: Sequence[PoolStatus]) -> Iterator[str]:
+def _pool_alarms(pools: Sequence[PoolState]) -> Iterator[str]:
     for pool in pools:
         if pool.low:
-            yield (
-                f"pool {pool.name} has {show_size(pool.free_bytes)} free, under its watermark of "
-                f"{show_size(pool.watermark_bytes)}: no new TimeMark is made"
-            )
+            yield f"pool {pool.name} has {pool.shortage()}: no new TimeMark is made"
 
 
 def _backup_alarms(context: Context, known: Sequence[Backup]) -> Iterator[str]:
