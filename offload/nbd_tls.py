@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from offload.config import NbdConfig
 from offload.errors import ConfigError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import ssl
 
     from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
 
 AUTHORITY = "ca-cert.pem"
 CERTIFICATE = "server-cert.pem"
@@ -107,18 +106,15 @@ def client_context(tls: Certificates) -> ssl.SSLContext:
     """For a look at a server of ours: it is known by its very certificate, not by a name.
 
     Where clients are verified, the server's own certificate is shown: it is of the authority, and
-    there is no other that this host surely has. Raises ConfigError (`certificate-invalid`).
+    there is no other that this host surely has. Raises ConfigError as `load` does.
     """
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    try:
-        if tls.verify_clients:
-            context.load_cert_chain(tls.folder / CERTIFICATE, tls.folder / KEY)
-    except OSError as error:  # of which ssl.SSLError is one
-        raise _invalid(tls.folder / CERTIFICATE, f"it cannot be used: {error.strerror}") from error
+    if tls.verify_clients:
+        _load_pair(context, tls.folder)
     return context
 
 
@@ -128,26 +124,19 @@ def _load_certificates(folder: Path, *, verify_clients: bool) -> Certificates:
     _check_folder(folder)
     authorities = _certificates(folder / AUTHORITY)
     chain = _certificates(folder / CERTIFICATE)
-    if _public_half(folder / KEY) != chain[0].public_key().public_bytes(*_public_form()):
-        raise ConfigError(
-            f"the key {folder / KEY} does not belong to the certificate {folder / CERTIFICATE}",
-            code="certificate-mismatch",
-            hint="the two come from one request: put both of them there",
-        )
+    _check_pair(folder)
     now = datetime.now(UTC)
     _check_time(chain, folder / CERTIFICATE, now)
     _check_time(authorities, folder / AUTHORITY, now)
     _check_issuer(folder, chain, authorities)
     _check_revoked(folder / REVOKED, chain[0], now)
-    found = Certificates(
+    return Certificates(
         folder=folder,
         verify_clients=verify_clients,
         server=chain[0].public_bytes(serialization.Encoding.DER),
         names=_names(chain[0]),
         expires_at=min(c.not_valid_after_utc for c in (*chain, *authorities)),
     )
-    client_context(found)  # what OpenSSL finds too weak is refused now
-    return found
 
 
 def _check_folder(folder: Path) -> None:
@@ -174,28 +163,39 @@ def _certificates(path: Path) -> list[x509.Certificate]:
         raise _invalid(path, "it holds no certificate in PEM") from error
 
 
-def _public_half(path: Path) -> bytes:
-    """Of the private key in a file."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+def _check_pair(folder: Path) -> None:
+    import ssl
+
+    _read(folder / KEY, private=True)
+    _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), folder)
+
+
+def _load_pair(context: ssl.SSLContext, folder: Path) -> None:
+    """By OpenSSL, which also knows what is too weak; the `cryptography` package refuses every other
+    key for elliptic curves that GnuTLS makes (a zero before the number)."""
+    import ssl
+
+    def ask_for_passphrase() -> NoReturn:
+        raise ConfigError(
+            f"the key {folder / KEY} is encrypted, and nobody is there to be asked for its "
+            "passphrase",
+            code="certificate-invalid",
+            hint=f"openssl pkey -in {folder / KEY} -out NEWFILE",
+        )
 
     try:
-        key = load_pem_private_key(_read(path, private=True), None)
-    except TypeError as error:
-        raise ConfigError(
-            f"the key {path} is encrypted, and nobody is there to be asked for its passphrase",
-            code="certificate-invalid",
-            hint=f"openssl pkey -in {path} -out NEWFILE",
-        ) from error
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise _invalid(path, "it holds no private key in PEM") from error
-    return key.public_key().public_bytes(*_public_form())
-
-
-def _public_form() -> tuple[serialization.Encoding, serialization.PublicFormat]:
-    from cryptography.hazmat.primitives import serialization
-
-    return serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        context.load_cert_chain(folder / CERTIFICATE, folder / KEY, ask_for_passphrase)
+    except ssl.SSLError as error:
+        if error.reason in {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}:
+            raise ConfigError(
+                f"the key {folder / KEY} does not belong to the certificate {folder / CERTIFICATE}",
+                code="certificate-mismatch",
+                hint="the two come from one request: put both of them there",
+            ) from error
+        if error.reason is None:  # the certificate could be read before
+            raise _invalid(folder / KEY, "it holds no private key in PEM") from error
+        why = error.reason.lower().replace("_", " ")
+        raise _invalid(folder / CERTIFICATE, f"OpenSSL says: {why}") from error
 
 
 def _check_time(certificates: Sequence[x509.Certificate], path: Path, now: datetime) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import ssl
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from offload import nbd_tls
 from offload.config import NbdConfig
@@ -72,6 +74,26 @@ def test_certificates_through_an_intermediate_and_links_are_good(
     assert caught.value.code == "certificate-mismatch"
 
 
+def test_certificate_with_a_key_as_gnutls_writes_it_is_good(
+    tmp_path: Path, authority: Issued
+) -> None:
+    """A zero before the number where its highest bit is set, in ECPrivateKey of RFC 5915."""
+    server = issue("server", Wanted(), authority)
+    folder = certificates.write_server(tmp_path / "tls", authority, server)
+    usual = server.key.private_bytes(
+        serialization.Encoding.DER,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.NoEncryption(),
+    )
+    # SEQUENCE, INTEGER 1, OCTET STRING: each length grows by one
+    assert (usual[0], usual[2:7]) == (0x30, b"\x02\x01\x01\x04\x20")
+    padded = bytes([0x30, usual[1] + 1, *b"\x02\x01\x01\x04\x21\x00"]) + usual[7:]
+    text = base64.encodebytes(padded).decode()
+    pem = f"-----BEGIN EC PRIVATE KEY-----\n{text}-----END EC PRIVATE KEY-----\n"
+    write_private(folder / "server-key.pem", pem.encode())
+    assert load(folder).names
+
+
 def test_certificate_that_is_its_own_authority_is_good(tmp_path: Path) -> None:
     alone = issue("server", Wanted())
     assert load(certificates.write_server(tmp_path / "tls", alone, alone)).names
@@ -111,6 +133,15 @@ def _authority_of_the_same_name(folder: Path, authority: Issued) -> None:
 def _key_of_another(folder: Path, authority: Issued) -> None:
     other = issue("server", Wanted(), authority)
     write_private(folder / "server-key.pem", other.key_pem)
+
+
+def _key_of_another_kind(folder: Path, authority: Issued) -> None:
+    pem = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    write_private(folder / "server-key.pem", pem)
 
 
 def _key_encrypted(folder: Path, authority: Issued) -> None:
@@ -178,6 +209,7 @@ def _garbage(name: str) -> Callable[[Path, Issued], None]:
         (_authority_of_others, "certificate-mismatch", "ca-cert.pem"),
         (_authority_of_the_same_name, "certificate-mismatch", "ca-cert.pem"),
         (_key_of_another, "certificate-mismatch", "server-key.pem"),
+        (_key_of_another_kind, "certificate-mismatch", "server-key.pem"),
         (_key_encrypted, "certificate-invalid", "server-key.pem"),
         (_key_for_all, "secret-unsafe", "server-key.pem"),
         (_revoked, "certificate-invalid", "server-cert.pem"),
