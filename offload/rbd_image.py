@@ -17,6 +17,9 @@ from offload.errors import NotFoundError
 from offload.extents import Ranges, clip, normalize
 
 _GROUP_DIRECTORY = "rbd_group_directory"  # librbd: `name_GROUP` → id, as a counted string
+_GROUP_HEADER = "rbd_group_header."  # and the group's id; of its keys, cls_rbd keeps a record of
+_GROUP_SNAPSHOT = "snapshot_"  # each snapshot under this word and the snapshot's id
+_MANY = 1000
 _COMPLETE = 1  # rbd_group_snap_state_t: 0 incomplete, 1 complete
 _GAP_OBJECTS = 16  # nothing is asked of so many objects at once that exist in neither snapshot
 
@@ -80,6 +83,11 @@ def group_prefix(pool: Any, group: str) -> str | None:
 
     librbd: `.group.POOL_GROUP_SNAPSHOT`, ids, the pool's in hexadecimal.
     """
+    number = _group_id(pool, group)
+    return None if number is None else f".group.{pool.get_pool_id():x}_{number}_"
+
+
+def _group_id(pool: Any, group: str) -> str | None:
     import rados
 
     with translated(f"look for the group {group}"), rados.ReadOpCtx() as order:
@@ -88,9 +96,22 @@ def group_prefix(pool: Any, group: str) -> str | None:
             pool.operate_read_op(order, _GROUP_DIRECTORY)
         except rados.ObjectNotFound:
             return None
-        ids = [value[4:].decode() for _, value in found]  # behind the length, 32 bits
-        pool_id = pool.get_pool_id()
-    return f".group.{pool_id:x}_{ids[0]}_" if ids else None
+        return next((value[4:].decode() for _, value in found), None)  # behind 32 bits of length
+
+
+def forget_group_snapshots(pool: Any, group: str) -> None:
+    """Remove a group's records of its snapshots, none of which has a part in an image any more."""
+    import rados
+
+    header = f"{_GROUP_HEADER}{_group_id(pool, group)}"
+    with translated(f"forget the snapshots of the group {group}"):
+        with rados.ReadOpCtx() as order:
+            found, _ = pool.get_omap_vals(order, "", _GROUP_SNAPSHOT, _MANY)
+            pool.operate_read_op(order, header)
+            keys = tuple(key for key, _ in found)
+        with rados.WriteOpCtx() as order:
+            pool.remove_omap_keys(order, keys)
+            pool.operate_write_op(order, header)
 
 
 def allocated(image: Any, start: int, stop: int) -> Ranges:

@@ -8,7 +8,6 @@ in one group at a time. Each part can be removed by itself, by its id.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ from offload.errors import BusyError, NotFoundError
 from offload.rbd_image import opened
 from offload.snapshots import rbd_snapshots
 from offload.snapshots.rbd_refs import Place
-
-log = logging.getLogger(__name__)
 
 
 def ensure_joined(pool: Any, places: Sequence[Place]) -> None:
@@ -119,8 +116,9 @@ def ensure_removed(pool: Any, place: Place) -> None:
         try:
             rbd.RBD().group_remove(pool, place.group)
         except rbd.ObjectNotFound:
-            # Ceph 16 cannot remove a group of whose snapshot an image has been removed.
-            log.warning("the empty group %s stays: an image of it is gone", place.group)
+            # Ceph 16 gives up at an image that is gone: without its snapshots the group can go
+            rbd_image.forget_group_snapshots(pool, place.group)
+            rbd.RBD().group_remove(pool, place.group)
 
 
 def _has_part(pool: Any, image_id: str, start: str) -> bool:

@@ -58,8 +58,12 @@ osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
+osd client watch timeout = 3
 osd class load list = lock rbd
 osd class default list = lock rbd
+[client]
+rbd discard granularity bytes = 4096
+rbd skip partial discard = false
 """
 _KEYRING = """\
 [mon.]
