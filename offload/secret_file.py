@@ -23,16 +23,18 @@ def read_secret(path: Path, what: str) -> SecretStr:
     Raises ConfigError (`secret-missing`, `secret-unsafe`, `secret-invalid`).
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(
             f"cannot read the {what} in {path}: {error.strerror}",
             code="secret-missing",
             hint="write it there, one line, mode 0600",
         ) from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         check_private(fd, path, what)
-        raw = file.read(_MAX_BYTES + 1)
+        raw = os.read(fd, _MAX_BYTES + 1)
+    finally:
+        os.close(fd)
     try:
         text = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
