@@ -49,7 +49,7 @@ class LioTarget:
         """Present the image; see `offload.target`.
 
         Raises what `check` raises, NotFoundError (`source-missing`), IntegrityError
-        (`size-mismatch`), UsageError (`bad-sector-size`), UnavailableError (`module-missing`,
+        (`size-mismatch`), UsageError (`partial-sector`), UnavailableError (`module-missing`,
         `lio-failed`, and those of the device below).
         """
         exposure = self.check(request.exposure)

@@ -46,16 +46,16 @@ class Device:
 def opened(request: ExportRequest, name: str) -> Iterator[Device]:
     """The device of a view; LIO takes it over within this block.
 
-    Raises UnavailableError, IntegrityError (`size-mismatch`), UsageError (`bad-sector-size`), and
+    Raises UnavailableError, IntegrityError (`size-mismatch`), UsageError (`partial-sector`), and
     what `backing` and `kernel_nbd` raise. What an error leaves is for `close`.
     """
     source = request.source
     if source.size_bytes % source.sector_size:
         raise UsageError(
-            f"view {request.name} has {source.size_bytes} bytes, which are no whole sectors of "
-            f"{source.sector_size}",
-            code="bad-sector-size",
-            hint="present it over NBD, or set the volume's sector_size",
+            f"view {request.name}: {source.size_bytes} bytes are no whole number of sectors of "
+            f"{source.sector_size} bytes, and iSCSI knows no other size",
+            code="partial-sector",
+            hint="mount it over NBD: --target nbd",
         )
     if request.writable or not isinstance(source, RawSource):
         device = _composed(request, name)

@@ -20,7 +20,7 @@ from offload.run import run
 from offload.target import Endpoint, ExportRequest
 from offload.testing.instances import make_instance
 from offload.testing.target import writable
-from targets import lio_loop, lio_state
+from targets import lio_kernel, lio_loop, lio_state
 from targets.lio import LioTarget
 
 MIB = 1 << 20
@@ -146,6 +146,7 @@ def device_size(path: Path) -> int:
 @contextmanager
 def loop_disk(path: Path, sector_size: int = 512) -> Iterator[Path]:
     """An administrator's disk: a writable loop device."""
+    lio_kernel.load_modules(["loop"])
     argv = ["losetup", "--find", "--show", "--sector-size", str(sector_size), str(path)]
     device = run(argv).stdout.strip()
     try:

@@ -34,6 +34,8 @@ from offload.testing.lio import (
     wait_until,
 )
 
+pytestmark = pytest.mark.in_guest(timeout_s=1200)
+
 TO_BOTH = Exposure(initiators=(HERE, THERE))
 PATTERN = bytes(range(256)) * 2
 _AUTH_FAILED = 24  # iscsiadm(8): ISCSI_ERR_LOGIN_AUTH_FAILED

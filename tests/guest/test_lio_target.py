@@ -21,6 +21,8 @@ from offload.testing.lio import MIB, Site, loop_disk, site, wait_until
 from offload.testing.target import TargetClient, TargetContract
 from targets.lio import LioTarget
 
+pytestmark = pytest.mark.in_guest(timeout_s=1200)
+
 DATA_PROTECT, ILLEGAL_REQUEST = 7, 5
 PATTERN = bytes(range(256)) * 2
 
@@ -243,7 +245,7 @@ def test_image_of_broken_sectors_is_refused(lio: Site) -> None:
     source = RawSource(path=image, size_bytes=MIB + 512, sector_size=4096)
     with pytest.raises(UsageError) as refused:
         lio.target.export(lio.request(source))
-    assert refused.value.code == "bad-sector-size"
+    assert refused.value.code == "partial-sector"
 
 
 def test_overlay_that_is_gone_is_not_replaced_by_its_origin(lio: Site) -> None:
