@@ -13,7 +13,7 @@ from pathlib import Path
 
 from offload import compose, run
 from offload.config import Config, LocalQuiesce, StoreConfig
-from offload.errors import ConfigError, OffloadError
+from offload.errors import ConfigError, OffloadError, PrivilegeError
 from offload.procs import has_capability
 from offload.quantity import Watermark, show_size
 from offload.services.volumes import VolumeReport, look_at_all
@@ -86,6 +86,7 @@ def _machine(config: Config | None) -> Iterator[Check]:
         "qemu-storage-daemon", "qemu-system-common", "writable TimeViews", required=False
     )
     yield _program("tgtd", "tgt", "TimeViews over iSCSI in user space", required=False)
+    yield _lio()
     yield _guestfish()
     yield _loop_devices()
 
@@ -179,6 +180,22 @@ def _libnbd(*, required: bool) -> Check:
         if there
         else "apt-get install python3-libnbd (and a virtual environment with system site packages)",
         required=required,
+    )
+
+
+def _lio() -> Check:
+    """What of the kernel's own iSCSI target is there; nothing is loaded for it."""
+    from targets import lio_kernel
+
+    status, detail, fix = Status.OK, "", ""
+    try:
+        lio_kernel.check()
+    except PrivilegeError as error:
+        status, detail, fix = Status.LIMITED, f": {error.message}", "run as root"
+    except OffloadError as error:
+        status, detail, fix = Status.MISSING, f": {error.message}", error.hint
+    return Check(
+        name="LIO", status=status, detail=f"TimeViews over iSCSI by the kernel{detail}", fix=fix
     )
 
 
