@@ -10,7 +10,7 @@ What a crash leaves at each step of `connect` (recovery ends the device, the lin
 | `connect.row.done`, `connect.commit.before` | a connection that nobody was told of |
 | `connect.commit.after` | nothing: the view is connected |
 
-`disconnect` journals the same undo actions, so that recovery finishes it. `reconnect` journals only
+`disconnect` journals the same undo action, so that recovery finishes it. `reconnect` journals only
 the end of the new device: the row stays, and the next recovery connects again.
 """
 
@@ -137,7 +137,6 @@ def disconnect(
     ):
         for number, connection in enumerate(chosen, 1):
             op.intend(f"device-{number}", "detach-device", _device_args(connection))
-            op.intend(f"link-{number}", "remove-device-link", _link_args(connection))
         for number, connection in enumerate(chosen, 1):
             _remove_link(connection.name, connection.device)
             op.done(f"link-{number}")
@@ -173,8 +172,9 @@ def reconnect(ctx: Context) -> Reconnected:
     again, warnings = [], []
     for connection in ctx.catalog.connections():
         try:
-            with alone(_lock(ctx)):
-                mended = _again(ctx, connection)
+            with alone(_lock(ctx)):  # for which a disconnect may have been waited
+                there = any(known.id == connection.id for known in ctx.catalog.connections())
+                mended = _again(ctx, connection) if there else None
         except OffloadError as error:
             hint = f" ({error.hint})" if error.hint else ""
             warnings.append(f"{connection.name} cannot be connected again: {error.message}{hint}")
@@ -190,7 +190,8 @@ def of_views(catalog: Catalog, views: Iterable[View]) -> list[Connection]:
 
 
 def undo_device(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """End a connection, half made or half gone."""
+    """End a connection, half made or half gone. `device` is empty where there was none yet."""
+    _remove_link(args["name"], args["device"])
     attachment.detach(Attachment.from_strings(args))
     catalog.delete_connection(args["id"])
 
@@ -382,7 +383,7 @@ def _check_idle(connection: Connection) -> None:
 
 
 def _device_args(connection: Connection) -> dict[str, str]:
-    return {"id": connection.id, **connection.record}
+    return {"id": connection.id, **_link_args(connection), **connection.record}
 
 
 def _link_args(connection: Connection) -> dict[str, str]:

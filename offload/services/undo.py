@@ -25,7 +25,7 @@ ACTIONS = {
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
     "stop-server": "offload.services.mount:undo_server",  # id, target, run_dir
-    "detach-device": "offload.services.connect:undo_device",  # id, uri, identifier, folder, …
+    "detach-device": "offload.services.connect:undo_device",  # id, name, device, uri …
     "detach-again": "offload.services.connect:undo_again",  # the same; the connection stays
     "remove-device-link": "offload.services.connect:undo_link",  # name, device
     "release-changed": "offload.services.backup:undo_changed",  # provider, held (JSON)

@@ -331,7 +331,8 @@ def test_users_are_named(serve: Serve, folder: Path) -> None:
         assert device_use.users(device) == [f"mounted at {point}"]
     finally:
         run.run(["umount", str(point)])
-    reader = run.spawn(["sleep", "600"], stdin=os.open(device, os.O_RDONLY))
+    with opened(device) as fd:
+        reader = run.spawn(["sleep", "600"], stdin=fd)
     try:
         assert device_use.users(device) == [f"open in process {reader.pid} (sleep)"]
     finally:
