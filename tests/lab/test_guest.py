@@ -84,6 +84,24 @@ def test_run_late_command_is_killed_with_its_children(guest: Guest) -> None:
     assert guest.run(["pgrep", "--full", "sleep 1234.5"], check=False).status == 1
 
 
+def test_run_late_command_that_hangs_in_the_kernel_holds_up_no_other(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read from a suspended device: not even SIGKILL ends it."""
+    monkeypatch.setattr("offload.testing.lab.guest._KILL_S", 2.0)
+    guest.modprobe("dm-mod")
+    script = "dmsetup create stuck --table '0 8 error'; dmsetup suspend --noflush stuck"
+    guest.shell(script, env={"DM_DISABLE_UDEV": "1"})  # there is none to make the node
+    try:
+        with pytest.raises(GuestError, match="nor die within"):
+            guest.run(["dd", "if=/dev/mapper/stuck", "of=/dev/null"], timeout_s=5)
+        assert guest.run(["echo", "still here"]).text == "still here\n"
+    finally:
+        guest.run(["dmsetup", "resume", "stuck"])
+        script = "until dmsetup remove stuck; do sleep 0.02; done"  # when the reader is gone
+        guest.shell(script, env={"DM_DISABLE_UDEV": "1"})
+
+
 def test_run_does_not_wait_for_a_daemon_that_holds_its_output(guest: Guest) -> None:
     done = guest.shell("(sleep 300; echo late) & echo $!", timeout_s=30)
     guest.run(["kill", done.text.strip()])  # it is still there

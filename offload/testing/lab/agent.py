@@ -79,8 +79,14 @@ class Command:
         self._stdin.put(piece)
 
     def kill(self) -> None:
-        """End every process of its session; what made a session of its own (a daemon) stays."""
-        while members := _session(self._process.pid):
+        """End every process of its session; what made a session of its own (a daemon) stays.
+
+        Looks again as long as it finds new ones. One that hangs in the kernel may stay: nobody
+        else is to wait for that.
+        """
+        told: set[int] = set()
+        while members := _session(self._process.pid) - told:
+            told |= members
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -136,15 +142,15 @@ class Command:
             del streams[fd]
 
 
-def _session(leader: int) -> list[int]:
+def _session(leader: int) -> set[int]:
     """Live processes of a session. proc(5): the session is field 6 of stat."""
-    found = []
+    found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[3]) == leader and fields[0] not in "ZX":
-                    found.append(int(entry.name))
+                    found.add(int(entry.name))
     return found
 
 

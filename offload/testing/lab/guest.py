@@ -150,7 +150,7 @@ class Guest:
         if not ended:
             how = f"did not end within {timeout_s:g} s"
             if not command.wait(_KILL_S):
-                how += ", and the guest does not answer" + self.tails()
+                how += f", nor die within {_KILL_S:g} s of SIGKILL (the guest may hang)"
             raise GuestError(_described(command.argv, how, command))
 
     def shell(
