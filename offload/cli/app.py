@@ -31,7 +31,10 @@ def settings_of(ctx: click.Context) -> Settings:
     return ctx.ensure_object(Settings)
 
 
-def _json_option() -> click.Option:
+_ONE_VALUE = "Print one JSON object or array, and nothing else, on stdout."
+
+
+def _json_option(what: str = _ONE_VALUE) -> click.Option:
     def remember(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         if value:
             settings_of(ctx).json = True
@@ -41,7 +44,7 @@ def _json_option() -> click.Option:
         is_flag=True,
         expose_value=False,
         callback=remember,
-        help="Print one JSON object or array, and nothing else, on stdout.",
+        help=what,
     )
 
 
@@ -53,12 +56,19 @@ def _write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> 
 
 
 class Command(click.Command):
-    """A command with `--json` and examples in its help."""
+    """A command with `--json` and examples in its help. `json_help`: where it prints more than one
+    value."""
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        examples: Sequence[str] = (),
+        json_help: str = _ONE_VALUE,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
-        self.params.append(_json_option())
+        self.params.append(_json_option(json_help))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples, as they are typed."""

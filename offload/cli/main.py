@@ -40,6 +40,7 @@ COMMANDS = {
     "verify": Lazy("offload.cli.verify:verify", "Read backups and check every byte."),
     "prune": Lazy("offload.cli.prune:prune", "Delete the backups that no rule keeps."),
     "store": Lazy("offload.cli.store:store", "Make, show and check stores."),
+    "watch": Lazy("offload.cli.watch:watch", "Take care of pools, views, overlays all the time."),
     "recover": Lazy("offload.cli.recover:recover", "Take back what a dead process left."),
     "completion": Lazy("offload.cli.completion:completion", "Shell completion for this command."),
 }

@@ -122,7 +122,12 @@ def ensure_room(ctx: Context, states: Mapping[str, VolumeState]) -> list[TimeMar
     gone: list[TimeMark] = []
     for pool in survey(ctx, states):
         needed = sum(states[v].needed_bytes for v in pool.volumes)
-        left = _make_room(ctx, pool, needed, gone)
+        left, went = _make_room(ctx, pool, needed)
+        for timemark in went:
+            log.warning(
+                "pool is low on space: deleted timemark %s of group %s", timemark.id, timemark.group
+            )
+        gone += went
         if left.lacks(needed):
             more = f" once {show_size(needed)} are taken" if needed else ""
             raise PolicyError(
@@ -135,22 +140,24 @@ def ensure_room(ctx: Context, states: Mapping[str, VolumeState]) -> list[TimeMar
 
 
 def relieve(ctx: Context, pool: PoolState) -> tuple[PoolState, list[TimeMark]]:
-    """Make room in a pool that is low, as far as it goes; how it is then, and what went."""
+    """Make room in a pool that is low, as far as that goes; how it is then, and what went."""
+    return _make_room(ctx, pool, 0)
+
+
+def _make_room(
+    ctx: Context, pool: PoolState, needed_bytes: int
+) -> tuple[PoolState, list[TimeMark]]:
+    """Delete TimeMarks until so much can be taken, or none may go."""
     gone: list[TimeMark] = []
-    return _make_room(ctx, pool, 0, gone), gone
-
-
-def _make_room(ctx: Context, pool: PoolState, needed: int, gone: list[TimeMark]) -> PoolState:
-    """Delete TimeMarks (appended to `gone`) until `needed` bytes can be taken, or none may go."""
-    if not pool.lacks(needed) or not ctx.instance.config.pool.reclaim:
-        return pool
+    if not pool.lacks(needed_bytes) or not ctx.instance.config.pool.reclaim:
+        return pool, gone
     candidates = _candidates(ctx, pool)
-    while pool.lacks(needed) and candidates:
+    while pool.lacks(needed_bytes) and candidates:
         oldest = candidates.pop(0)
         if _reclaim(ctx, oldest):
             gone.append(oldest)
             pool = _after(ctx, pool)
-    return pool
+    return pool, gone
 
 
 def _candidates(ctx: Context, pool: PoolState) -> list[TimeMark]:
@@ -199,9 +206,6 @@ def _reclaim(ctx: Context, timemark: TimeMark) -> bool:
         timemarks.delete(ctx, timemark.id)
     except BusyError:
         return False
-    log.warning(
-        "pool is low on space: deleted timemark %s of group %s", timemark.id, timemark.group
-    )
     return True
 
 

@@ -27,6 +27,7 @@ _SERVE = {
     "offload-mount@.service",
     "offload-unmount@.service",
     "offload-recover.service",
+    "offload-watch.service",
 }
 # of 10; what is left is root, the freeze, block devices and the network
 _WORST_EXPOSURE = 3.5
