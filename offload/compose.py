@@ -29,6 +29,7 @@ PROVIDERS = {
     "qcow2": "offload.snapshots.qcow2:Qcow2Provider",
     "device": "offload.snapshots.device:DeviceProvider",
     "rbd": "offload.snapshots.rbd:RbdProvider",
+    "lvmthin": "offload.snapshots.lvmthin:LvmThinProvider",
 }
 TARGETS = {
     "nbd": "targets.nbd:NbdTarget",
