@@ -29,7 +29,7 @@ class QmpQuiescer:
     QEMU writes to behind them is the administrator's word."""
 
     kind = "qmp"
-    freezes = ()
+    freezes: tuple[str, ...] = ()
 
     def __init__(self, entry: QmpQuiesce, volumes: tuple[str, ...], instance: Instance) -> None:
         self._socket = entry.socket
