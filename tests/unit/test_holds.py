@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from offload.config import Config
 from offload.errors import BusyError
-from offload.holds import claim_timemark, hold_timemark
+from offload.holds import claim_timemark, claim_view, hold_timemark
 from offload.instance import Instance
 from offload.run import spawn, terminate
 
@@ -22,7 +23,8 @@ from offload.config import Config
 from offload.instance import Instance
 folder = Path(sys.argv[1])
 instance = Instance(config=Config(), config_path=None, state_dir=folder, runtime_dir=folder, id="i")
-with getattr(holds, sys.argv[2])(instance, "mark"):
+wait = {"wait": True} if sys.argv[2] == "claim_view" else {}
+with getattr(holds, sys.argv[2])(instance, "mark", **wait):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -98,3 +100,27 @@ def test_hold_that_opened_the_file_before_it_went_locks_the_new_one(
         monkeypatch.undo()
         with pytest.raises(BusyError), claim_timemark(instance, "mark"):
             pass
+
+
+def test_claim_of_a_view_by_another_process_is_refused_or_waited_for(instance: Instance) -> None:
+    process = spawn([sys.executable, "-c", _CHILD, str(instance.state_dir), "claim_view"])
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with claim_view(instance, "mark", wait=False) as mine:
+            assert not mine
+        with hold_timemark(instance, "mark"):  # a TimeMark of the same id is another thing
+            pass
+        with ThreadPoolExecutor(1) as crew:
+            waiting = crew.submit(_claim, instance)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            process.kill()
+            assert waiting.result(timeout=30)
+    finally:
+        terminate(process)
+
+
+def _claim(instance: Instance) -> bool:
+    with claim_view(instance, "mark", wait=True) as mine:
+        return mine

@@ -144,6 +144,20 @@ def test_recover_leaves_the_living_alone_and_undoes_the_dead(journal: Journal, u
     assert undo.calls == ["remove 2", "remove 1"]
 
 
+def test_running_intents_are_those_of_the_living_and_of_this_process(
+    journal: Journal, undo: Undo
+) -> None:
+    pid = _start_child(journal, "x", "1", "2")
+    with journal.operation("mount", "mine") as op:
+        op.intend("step3", "remove", {"n": "3"})
+        with op.path.open("a") as torn:
+            torn.write('{"step": "step4", "un')
+        assert sorted(i.args["n"] for i in journal.running_intents()) == ["1", "2", "3"]
+    _kill(pid)
+    assert journal.running_intents() == []
+    journal.recover()
+
+
 def test_recover_several_dead_newest_operation_first(journal: Journal, undo: Undo) -> None:
     _leave(journal, "old", "1")
     _leave(journal, "new", "2")
