@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from offload import run
@@ -30,14 +29,14 @@ def main() -> int:
     sys.stdout.write(_BANNER)
     sys.stdout.flush()
     try:
-        with tempfile.TemporaryDirectory(prefix="offload-lab-") as folder:
-            return _boot(Path(folder, "initramfs"))
+        return _boot(os.memfd_create("initramfs", 0))  # no file is left, whatever ends this
     except OffloadError as error:
         sys.stderr.write(f"{error.message}\n{error.hint}\n")
         return error.exit_code
 
 
-def _boot(image: Path) -> int:
+def _boot(memory: int) -> int:
+    image = Path(f"/proc/self/fd/{memory}")
     size = shutil.get_terminal_size()
     here = Path.cwd()
     settings = agent_settings() | {
@@ -51,7 +50,9 @@ def _boot(image: Path) -> int:
     visible = initramfs.hidden_folders([*always_visible(), here])
     initramfs.build(image, kernel, settings=settings, visible=visible)
     argv = [*qemu_argv(Hardware(kernel=kernel, initramfs=image)), "-serial", "mon:stdio"]
-    process = run.spawn(argv, stdin=sys.stdin.fileno(), stdout=None, stderr=None)
+    process = run.spawn(
+        argv, stdin=sys.stdin.fileno(), stdout=None, stderr=None, pass_fds=(memory,)
+    )
     try:
         return process.wait()
     finally:
