@@ -28,7 +28,7 @@ _BUFFER = 16 << 10
 _IOCTL = 0xC0000000 | _HEADER.size << 16 | 0xFD << 8  # _IOWR(0xfd, number, struct dm_ioctl)
 _DEV_CREATE, _DEV_REMOVE, _DEV_STATUS, _TABLE_LOAD, _TABLE_STATUS, _TARGET_MSG = 3, 4, 7, 9, 12, 14
 _READONLY, _SUSPENDED, _STATUS_TABLE = 1 << 0, 1 << 1, 1 << 4
-_BUFFER_FULL, _NOFLUSH = 1 << 8, 1 << 11
+_BUFFER_FULL, _NOFLUSH, _DEFERRED_REMOVE = 1 << 8, 1 << 11, 1 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +116,9 @@ def loads(name: str, target: Target) -> bool:
 
 
 def remove(name: str) -> None:
-    """Remove a device by its name. Idempotent."""
+    """Remove a device by its name; one that is open goes when it is closed. Idempotent."""
     try:
-        _call(_DEV_REMOVE, name=name)
+        _call(_DEV_REMOVE, name=name, flags=_DEFERRED_REMOVE)
     except _NoDeviceError:
         return
 

@@ -74,6 +74,7 @@ def lacking(checks: list[Check]) -> list[Check]:
 def _machine(config: Config | None) -> Iterator[Check]:
     volumes = config.volumes.values() if config else ()
     qcow2 = any(volume.provider == "qcow2" for volume in volumes)
+    thin = any(volume.provider == "lvmthin" for volume in volumes)
     served = bool(config and config.volumes)
     yield _freeze(config)
     yield _reflink()
@@ -82,6 +83,13 @@ def _machine(config: Config | None) -> Iterator[Check]:
     yield _libnbd(required=qcow2)
     yield _program("qemu-nbd", "qemu-utils", "qcow2 volumes", required=qcow2)
     yield _program("qemu-img", "qemu-utils", "qcow2 volumes", required=qcow2)
+    yield _program("lvcreate", "lvm2", "thin logical volumes", required=thin)
+    yield _program(
+        "thin_delta",
+        "thin-provisioning-tools",
+        "incremental backups of thin logical volumes",
+        required=False,
+    )
     yield _program(
         "qemu-storage-daemon", "qemu-system-common", "writable TimeViews", required=False
     )

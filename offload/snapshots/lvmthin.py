@@ -11,6 +11,7 @@ that until they are deleted or the machine boots again.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from offload.snapshots import lvmthin_delta as delta
 from offload.snapshots import lvmthin_lvm as lvm
 from offload.snapshots import lvmthin_mend, lvmthin_names, lvmthin_pool, lvmthin_udev
 from offload.snapshots.lvmthin_lvm import LogicalVolume
+
+log = logging.getLogger(__name__)
 
 _LVCREATE_S = 0.3  # measured: 0.1 to 0.3 s
 _FLUSH_S = 300.0
@@ -180,9 +183,13 @@ class LvmThinProvider:
         )
 
     def settle(self, snapshots: Sequence[Snapshot]) -> None:
-        """The copy of the volume groups' metadata in /etc/lvm, which `lvcreate` left out."""
+        """The copy of the volume groups' metadata in /etc/lvm, which `lvcreate` left out. What LVM
+        and the pool know of the snapshots is durable already."""
         for vg in dict.fromkeys(snapshot.ref["vg"] for snapshot in snapshots):
-            lvm.command(["vgcfgbackup", "--quiet", vg], about=vg)
+            try:
+                lvm.command(["vgcfgbackup", "--quiet", vg], about=vg)
+            except UnavailableError as error:
+                log.warning("no fresh copy of LVM's metadata in /etc/lvm: %s", error.message)
 
     # -- unmaking ------------------------------------------------------------------------------
 
