@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from offload import run
+from offload import kernel_module
 from offload.errors import BusyError, PrivilegeError, UnavailableError, UsageError
 from offload.genetlink import Attribute, Family, text, u32, u64
 from offload.nbd_export import CAN_MULTI_CONN, READ_ONLY, Address, OpenExport, open_export
@@ -168,18 +168,7 @@ def check() -> None:
         raise PrivilegeError(
             "block devices of NBD servers are root's to make", hint="run it as root"
         )
-    if Path("/sys/module/nbd").is_dir():
-        return
-    program = run.require_program("modprobe", "kmod")
-    done = run.run([program, "nbd"], check=False)
-    if done.status != 0:
-        said = done.stderr.strip().rpartition("\n")[2]
-        raise UnavailableError(
-            f"this kernel has no NBD client: the module nbd cannot be loaded ({said})",
-            code="module-missing",
-            hint="install a kernel that has it: apt-get install linux-image-amd64, and boot it; "
-            "in a container it is the host's to load",
-        )
+    kernel_module.load("a block device of an NBD server", "nbd")
 
 
 def _open(

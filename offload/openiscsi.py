@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from offload import run
+from offload import kernel_module, run
 from offload.endpoint import IscsiEndpoint
 from offload.errors import (
     BusyError,
@@ -46,10 +46,14 @@ _AUTH_FAILED = 24
 
 
 def check() -> None:
-    """Raises PrivilegeError, UnavailableError (`program-missing`)."""
+    """Load the modules if need be.
+
+    Raises PrivilegeError, UnavailableError (`program-missing`, `module-missing`).
+    """
     run.require_program("iscsiadm", "open-iscsi")
     if os.geteuid() != 0:
         raise PrivilegeError("iSCSI sessions are root's to make", hint="run it as root")
+    kernel_module.load("a disk over iSCSI", "iscsi_tcp", "sd_mod")  # sd_mod: where no udevd runs
 
 
 def known(endpoint: IscsiEndpoint) -> bool:
@@ -231,7 +235,11 @@ def _explain(endpoint: IscsiEndpoint, done: run.Completed, code: str) -> Offload
         return BusyError(f"there is a session with {where} already", code="already-connected")
     lines = [line.removeprefix("iscsiadm: ") for line in done.stderr.splitlines() if line.strip()]
     said = next((line for line in lines if "reported error" in line), "; ".join(lines[-2:]))
-    return UnavailableError(f"open-iscsi and {where}: {said}", code=code)
+    return UnavailableError(
+        f"open-iscsi and {where}: {said}",
+        code=code,
+        hint="see whether the view is still served there: offload views",
+    )
 
 
 def _reach(endpoint: IscsiEndpoint) -> None:
