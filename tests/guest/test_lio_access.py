@@ -426,6 +426,23 @@ def test_open_iscsi_disk_whose_view_was_withdrawn_gives_errors() -> None:
             assert run(argv, check=False).status != 0
 
 
+def test_open_iscsi_goes_on_when_its_view_is_served_again() -> None:
+    with site() as lio:
+        image = lio.image()
+        request = lio.request(image)
+        endpoint = lio.export(request)
+        with open_iscsi(endpoint.server, as_here) as node:
+            node.run("--login")
+            disk = node.disk()
+            run(["targetctl", "clear"])
+            lio.withdraw(request)
+            lio.export(request)
+            argv = ["dd", f"if={disk}", f"of={lio.folder}/read", "bs=1M", "iflag=direct"]
+            run(argv, timeout_s=120)
+            assert (lio.folder / "read").read_bytes() == image.read_bytes()
+            node.run("--logout")
+
+
 def test_writable_view_gives_back_what_is_discarded() -> None:
     with site() as lio:
         request = lio.request(lio.image(2 * MIB), on_overlay=True)
