@@ -35,7 +35,7 @@ def btrfs_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCeph]:
-    """A real Ceph cluster with the pool `vms`, shared by all tests: who makes an image removes it."""
+    """A real Ceph cluster with the pool `vms`, shared: who makes an image removes it."""
     with running_ceph(tmp_path_factory.mktemp("ceph") / "cluster") as cluster:
         yield cluster
 

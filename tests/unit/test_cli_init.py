@@ -32,7 +32,7 @@ def test_template_with_everything_switched_on_loads_and_names_every_key(tmp_path
     path = tmp_path / "offload.toml"
     path.write_text(_uncommented(init_template.render(tmp_path)))
     config = load_config(path)
-    assert set(config.volumes) == {"shop-db", "shop-web"}
+    assert set(config.volumes) == {"shop-db", "shop-web", "shop-log"}
     assert len(config.groups["shop"].quiesce) == 2
     text = path.read_text()
     for model in (Config, VolumeConfig, GroupConfig, StoreConfig, LocalQuiesce):
