@@ -121,5 +121,5 @@ def test_config_check_unknown_provider_names_the_key(
 
 def test_config_check_touches_nothing(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--config", str(full), "config", "check", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["volumes"] == 2
+    assert json.loads(capsys.readouterr().out)["volumes"] == 3
     assert not (full.parent / "state").exists()
