@@ -21,11 +21,12 @@ _UDEV_FOLDERS = (  # udev(7), the first wins
     Path("/usr/lib/udev/rules.d"),
     Path("/lib/udev/rules.d"),
 )
-_UDEV_SOCKET = Path("/run/udev/control")  # there while udevd runs
+_UDEV_SOCKET = Path("/run/udev/control")
 _MULTIPATH = Path("/etc/multipath/conf.d/offload.conf")  # multipath.conf(5), config_dir
 _LVM_LOCAL = Path("/etc/lvm/lvmlocal.conf")
 _LVM_DEVICES = Path("/etc/lvm/devices/system.devices")  # lvmdevices(8)
 _LVM_PATTERN = "/dev/offload/"
+_LISTENS = 0x10000  # include/linux/net.h, __SO_ACCEPTCON
 _SETTLE_S = 15
 
 
@@ -101,8 +102,16 @@ def settle() -> None:
 
 
 def udev_runs() -> bool:
-    """Whether this machine has a udevd."""
-    return _UDEV_SOCKET.exists()
+    """Whether this machine has a udevd, running or started by a connection to its socket.
+
+    Nothing connects to it: it has room for one at a time. An ended udevd leaves the file.
+    """
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        # Num RefCount Protocol Flags Type St Inode Path, proc(5)
+        columns = line.split(maxsplit=7)
+        if len(columns) == 8 and columns[7] == str(_UDEV_SOCKET):
+            return bool(int(columns[3], 16) & _LISTENS)
+    return False
 
 
 def _udev() -> Rule:
