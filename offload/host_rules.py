@@ -87,7 +87,7 @@ def require() -> list[str]:
             hint="install it: offload host-rules --install; or take the risk: --without-host-rules",
         )
     return [
-        f"{rule.name} does not pass views over ({rule.path} is {rule.state}): offload host-rules"
+        f"{rule.name} may act on what is in the view, its rule is {rule.state}: offload host-rules"
         for rule in (_multipath(), _lvm())
         if not rule.in_force
     ]

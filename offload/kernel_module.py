@@ -28,3 +28,13 @@ def load(purpose: str, *names: str) -> None:
             hint="install a kernel that has it: apt-get install linux-image-amd64, and boot it; "
             "in a container it is the host's to load",
         )
+
+
+def available(name: str) -> bool:
+    """Whether a module is loaded (or built in), or could be. Changes nothing."""
+    if (_LOADED / name.replace("-", "_")).is_dir():
+        return True
+    program = run.find_program("modprobe")
+    if program is None:
+        return False
+    return run.run([program, "--dry-run", "--quiet", name], check=False).status == 0

@@ -11,9 +11,10 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
-from offload import compose, run
+from offload import compose, host_rules, kernel_module, run
 from offload.config import Config, LocalQuiesce, StoreConfig
 from offload.errors import ConfigError, OffloadError, PrivilegeError
+from offload.host_rules import RuleState
 from offload.procs import has_capability
 from offload.quantity import Watermark, show_size
 from offload.services.volumes import VolumeReport, look_at_all
@@ -95,6 +96,9 @@ def _machine(config: Config | None) -> Iterator[Check]:
     )
     yield _program("tgtd", "tgt", "TimeViews over iSCSI in user space", required=False)
     yield _lio()
+    yield _kernel_nbd()
+    yield _program("iscsiadm", "open-iscsi", "views over iSCSI as block devices", required=False)
+    yield from _host_rules()
     yield _guestfish()
     yield _loop_devices()
 
@@ -205,6 +209,29 @@ def _lio() -> Check:
     return Check(
         name="LIO", status=status, detail=f"TimeViews over iSCSI by the kernel{detail}", fix=fix
     )
+
+
+def _kernel_nbd() -> Check:
+    there = kernel_module.available("nbd")
+    return Check(
+        name="kernel NBD client",
+        status=Status.OK if there else Status.MISSING,
+        detail="views over NBD as block devices of this machine",
+        fix="" if there else "a kernel with the module nbd: apt-get install linux-image-amd64",
+    )
+
+
+def _host_rules() -> Iterator[Check]:
+    """What keeps this machine from acting on what connected views hold."""
+    for rule in host_rules.look():
+        if rule.state is not RuleState.NOT_NEEDED:
+            fix = "offload host-rules --install" if rule.ours else "see: offload host-rules --print"
+            yield Check(
+                name=f"host rule for {rule.name}",
+                status=Status.OK if rule.in_force else Status.LIMITED,
+                detail=f"keeps it off connected views; {rule.state} ({rule.path})",
+                fix="" if rule.in_force else fix,
+            )
 
 
 def _guestfish() -> Check:

@@ -22,6 +22,7 @@ from offload.host_rules import RuleState
 from offload.model import Connection, ConnectionKind
 from offload.services import connect
 from offload.services.connect import ConnectOptions
+from offload.services.doctor import Status, examine
 from offload.testing.connections import MIB, Site, connection_site, wait_for
 
 pytestmark = pytest.mark.timeout(400)
@@ -293,8 +294,13 @@ def test_look_sees_the_real_configuration(site: Site) -> None:
     def states() -> dict[str, RuleState]:
         return {rule.name: rule.state for rule in host_rules.look()}
 
+    def in_doctor() -> set[Status]:
+        return {check.status for check in examine(None) if check.name.startswith("host rule")}
+
     assert set(states().values()) == {RuleState.MISSING}
+    assert in_doctor() == {Status.LIMITED}
     install()
+    assert in_doctor() == {Status.OK}
     assert set(states().values()) == {RuleState.INSTALLED}
     assert connect.connect(site.ctx, "v").warnings == ()
     shutil.copy("/dev/null", "/etc/lvm/lvmlocal.conf")
