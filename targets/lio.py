@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from offload import iqn, iscsi, procs
@@ -36,10 +37,11 @@ class LioTarget:
     def check(self, exposure: Exposure) -> Exposure:
         """Fill in what was left open, refuse what cannot be served; see `offload.target`.
 
-        Raises what `iscsi.resolve`, `lio_kernel.check` and `listen.check_tcp` raise, and
-        ConfigError (`chap-unfit`).
+        Raises what `iscsi.resolve`, `listen.parse_address`, `lio_kernel.check` and
+        `listen.check_tcp` raise, and ConfigError (`chap-unfit`).
         """
         found = iscsi.resolve(self._config, exposure)
+        found = replace(found, address=str(listen.parse_address(found.address)))
         _check_chap(iscsi.load_chap(self._config))
         lio_kernel.check()
         _check_portal(found)
@@ -64,7 +66,8 @@ class LioTarget:
                 f"the folder {request.run_dir} belongs to another view", code="view-exists"
             ) from None
         try:
-            self._end(request.view_id)  # what somebody has restored under our names
+            with ExitStack() as steps:  # what somebody has restored under our names
+                self._end(request.view_id, steps)
             return self._serve(request, exposure)
         except BaseException:
             self.withdraw(request.run_dir, {})
@@ -75,7 +78,7 @@ class LioTarget:
         with ExitStack() as steps:
             steps.callback(_remove, run_dir)
             steps.callback(backing.close, run_dir, server)
-            steps.callback(self._end, run_dir.name)
+            self._end(run_dir.name, steps)
 
     def alive(self, run_dir: Path, server: Mapping[str, str]) -> bool:
         """Whether target, LUN, backstore and the device under it are there, and ours."""
@@ -133,15 +136,15 @@ class LioTarget:
             )
         return Endpoint(uri=iscsi.uri(exposure, target, lio_state.LUN), server=server)
 
-    def _end(self, view_id: str) -> None:
+    def _end(self, view_id: str, steps: ExitStack) -> None:
         """Everything in the kernel that bears this view's names.
 
         The NBD device goes first: the end of a session waits for its requests, and those on a
         server that hangs would take their time. Nothing is lost by it: LIO holds no write back.
         """
         name = self._name(view_id)
-        lio_device.detach(name.object)
-        lio_build.remove(name)
+        steps.callback(lio_build.remove, name)
+        steps.callback(lio_device.detach, name.object)
 
 
 def _check_chap(chap: Chap | None) -> None:
@@ -172,9 +175,10 @@ def _check_portal(exposure: Exposure) -> None:
     try:
         listen.check_tcp(exposure.address, exposure.port, ())
     except UnavailableError as error:
-        if error.code == "port-taken":
+        if error.code != "port-taken":
+            raise
+        if where not in lio_state.portals():  # by now another process may have made it
             raise lio_build.port_taken(where) from error
-        raise
 
 
 def _remove(run_dir: Path) -> None:

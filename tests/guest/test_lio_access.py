@@ -223,7 +223,7 @@ def test_address_outside_loopback_needs_acl_and_chap(lio: Site) -> None:
 
 def test_portal_of_ipv6_serves(lio: Site) -> None:
     image = lio.image()
-    request = lio.request(image, exposure=Exposure(address="::1"))
+    request = lio.request(image, exposure=Exposure(address="0::1"))
     endpoint = lio.export(request)
     with Initiator(endpoint.uri) as client:
         assert client.pread(MIB, 0) == image.read_bytes()
