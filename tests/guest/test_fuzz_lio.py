@@ -13,7 +13,7 @@ from offload.testing import malformed_iscsi
 from offload.testing.libiscsi import Initiator, ScsiError
 from offload.testing.lio import MIB, site, wait_until
 
-ROUNDS = 180  # sessions; each seed is one
+ROUNDS = 90  # sessions; each seed is one
 SIZE = 4 * MIB
 
 pytestmark = [pytest.mark.in_guest(timeout_s=900), pytest.mark.timeout(600)]
