@@ -1,7 +1,8 @@
 """Ceph clusters through librados and librbd: connections, their errors, names of images.
 
-Whatever a cluster is asked for ends: by themselves, librados and librbd would wait for ever for a
-monitor or an OSD that does not answer. What timed out may still happen once the cluster goes on.
+By themselves, librados and librbd wait for ever for a monitor or an OSD that does not answer. Who
+only reads may have them give up (`limited`). Who writes may not: that of Ceph 16 then ends the
+process now and then ("FAILED ceph_assert(m_pending_ops == 0)"), so it has one that can be killed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from offload.errors import (
 DEFAULT_CONF = Path("/etc/ceph/ceph.conf")
 DEFAULT_USER = "client.admin"
 CONNECT_S = 10  # librados takes whole seconds
-ANSWER_S = 30  # of one request to a monitor or an OSD
+ANSWER_S = 30  # of one request to a monitor or an OSD, where connections are limited
 _DEVICES = Path("/dev/rbd")  # krbd's udev rule: POOL/[NAMESPACE/]IMAGE
 _PART = re.compile(r"[^/@\s]+")  # RBD's own rule: no slash, no at sign
 _OPTIONS = {
@@ -36,6 +37,10 @@ _OPTIONS = {
     "log_to_stderr": "false",  # errors come back; their doubles would go to the user's terminal
     "err_to_stderr": "false",
 }
+_NEEDED = (
+    "does the user's keyring lie where the configuration says, and has it the capabilities "
+    "mon 'profile rbd', osd 'profile rbd', mgr 'profile rbd'?"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,18 +147,18 @@ def space_of(answer: dict[str, Any], pool_id: int) -> Space | None:
 
 
 @contextmanager
-def connect(login: Login, fsid: str = "") -> Iterator[Cluster]:
-    """A connection for the block; `fsid`: the only cluster that will do.
+def connect(login: Login, fsid: str = "", *, limited: bool = False) -> Iterator[Cluster]:
+    """A connection for the block; `fsid`: the only cluster that will do; `limited`: see above.
 
     Close all that came out of it before. Raises ConfigError (`conf-missing`, `other-cluster`),
     PrivilegeError (`ceph-permission`), UnavailableError (`library-missing`, `ceph-timeout`).
     """
     what = f"connect to the Ceph cluster of {login.conf} as {login.user}"
     with translated(what):
-        handle = _configured(login)
+        handle = _configured(login, limited=limited)
     try:
         with translated(what):
-            handle.connect(timeout=CONNECT_S)
+            _connect(handle, what)
             found: str = handle.get_fsid()
         if fsid and found != fsid:
             raise ConfigError(
@@ -166,7 +171,20 @@ def connect(login: Login, fsid: str = "") -> Iterator[Cluster]:
         handle.shutdown()
 
 
-def _configured(login: Login) -> Any:
+def _connect(handle: Any, what: str) -> None:
+    import rados
+
+    try:
+        handle.connect(timeout=CONNECT_S)
+    except rados.ObjectNotFound as error:
+        raise PrivilegeError(
+            f"cannot {what}: no keyring of that user was found",
+            code="ceph-permission",
+            hint=_NEEDED,
+        ) from error
+
+
+def _configured(login: Login, *, limited: bool) -> Any:
     import rados
 
     if not login.conf.is_file():
@@ -175,12 +193,10 @@ def _configured(login: Login) -> Any:
             code="conf-missing",
             hint="set conf of the volume to the configuration file of its Ceph cluster",
         )
-    limits = {
-        "client_mount_timeout": str(CONNECT_S),
-        "rados_mon_op_timeout": str(ANSWER_S),
-        "rados_osd_op_timeout": str(ANSWER_S),
-    }
-    return rados.Rados(name=login.user, conffile=str(login.conf), conf={**_OPTIONS, **limits})
+    options = {**_OPTIONS, "client_mount_timeout": str(CONNECT_S)}
+    if limited:
+        options |= {"rados_mon_op_timeout": str(ANSWER_S), "rados_osd_op_timeout": str(ANSWER_S)}
+    return rados.Rados(name=login.user, conffile=str(login.conf), conf=options)
 
 
 @contextmanager
@@ -214,8 +230,7 @@ def _of_errno(number: int | None, what: str, words: str) -> OffloadError:
             return PrivilegeError(
                 f"cannot {what}: {why}",
                 code="ceph-permission",
-                hint="does the user's keyring lie where the configuration says, and has it the "
-                "capabilities mon 'profile rbd', osd 'profile rbd', mgr 'profile rbd'?",
+                hint=_NEEDED,
             )
         case errno.ENOENT:
             return NotFoundError(f"cannot {what}: {why}", code="ceph-missing")

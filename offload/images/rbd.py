@@ -7,6 +7,7 @@ only where the image has an object map, and waits for ever for a cluster that do
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,13 +34,14 @@ class RbdImage:
         self._name = source.name
         with contextlib.ExitStack() as stack:
             login = ceph.Login(conf=source.conf, user=source.user)
-            cluster = stack.enter_context(ceph.connect(login, source.cluster))
+            cluster = stack.enter_context(ceph.connect(login, source.cluster, limited=True))
             pool = stack.enter_context(cluster.pool(source.pool, source.namespace))
             self._image: Any = stack.enter_context(rbd_image.opened(pool, image_id=source.image))
             self._set_snapshot(pool, source)
             self._window = _WINDOW_OBJECTS * rbd_image.object_span(self._image)
             self._known: tuple[int, Ranges] = (-1, [])  # start of a window, and what it holds
-            self._release = stack.pop_all()
+            # not left to the garbage collector, which would close things in any order: librbd hangs
+            self._release = weakref.finalize(self, stack.pop_all().close)
 
     def _set_snapshot(self, pool: Any, source: RbdSource) -> None:
         number = rbd_image.find_snapshot(
@@ -112,7 +114,7 @@ class RbdImage:
 
     def close(self) -> None:
         """End the connection. Idempotent."""
-        self._release.close()
+        self._release()
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size_bytes:

@@ -6,45 +6,32 @@
 | several of one pool, all with `exclusive-lock`, none in a group | as a group (`rbd_group`) | yes |
 | others | each by itself, at the same time | no |
 
-Each snapshot has to be agreed on by the monitors, which takes up to a second.
+Each snapshot has to be agreed on by the monitors, which takes up to a second. All work is done by
+a process that can be killed (`rbd_link`); this module decides what is to be done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-from offload import rbd_image
-from offload.ceph import ImageName, connect, translated
-from offload.errors import (
-    BusyError,
-    ConfigError,
-    NotFoundError,
-    OffloadError,
-    UnavailableError,
-)
-from offload.extents import Ranges, align, clip, total, union
+from offload.ceph import ImageName
+from offload.errors import ConfigError, NotFoundError, OffloadError, UnavailableError
+from offload.extents import Ranges, align, normalize
 from offload.model import Instant, RbdSource, Snapshot, Volume
-from offload.rbd_image import opened
 from offload.snapshot import Plan, VolumeState
-from offload.snapshots import rbd_group, rbd_snapshots
-from offload.snapshots.rbd_look import Look, look_at, look_of, volume_image, why_not_one
+from offload.snapshots.rbd_link import Link, WorkerLostError
+from offload.snapshots.rbd_look import Look, why_not_one
 from offload.snapshots.rbd_refs import Place, kind_of, login_of, name_of, place_of
-from offload.snapshots.rbd_snapshots import Pools
 
 _SECTOR = 512  # what librbd and krbd show, unless the configuration says otherwise
 _ONE_S = 1.2  # monitors agree once a second (paxos_propose_interval) at the most
 _GROUP_S = 2.0  # and the locks go from their writers to us and back
+_CREW = 8  # snapshots that are made at the same time
 _OBJECT_MAP_SHARE = 4  # objects whose states fit into a byte of an object map
 _HEADER_BYTES = 4096
-_CREW = 8  # snapshots at the same time: more share the monitors' next round anyway
 
 Ref = dict[str, str]
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class RbdProvider:
@@ -54,6 +41,7 @@ class RbdProvider:
 
     def __init__(self, instance: str) -> None:
         self._instance = instance
+        self._link = Link(instance)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -61,38 +49,31 @@ class RbdProvider:
         """Look at an image and its pool (the one its data is in).
 
         Raises NotFoundError (`volume-missing`), ConfigError (`not-an-image`, `conf-missing`),
-        PrivilegeError (`ceph-permission`), UnavailableError (`ceph-timeout` …).
+        PrivilegeError (`ceph-permission`), UnavailableError (`volume-empty`, `ceph-timeout` …).
         """
-        with connect(login_of(volume)) as cluster, volume_image(cluster, volume) as (pool, image):
-            with translated(f"look at the image of volume {volume.name}"):
-                size = image.size()
-                if size == 0:
-                    raise UnavailableError(
-                        f"volume {volume.name}: the image is empty", code="volume-empty"
-                    )
-                look = look_of(cluster, volume, pool, image)
-                data_pool = image.data_pool_id()
-                objects = -(-size // image.stat()["obj_size"])
-            space = cluster.space(data_pool)
-            return VolumeState(
-                size_bytes=size,
-                sector_size=volume.sector_size or _SECTOR,
-                identity=self._place(look, "", grouped=False).identity,
-                allocated_bytes=_allocated_bytes(image, size),
-                extents=0,
-                estimate_s=_ONE_S,
-                pool=f"{cluster.pool_name(data_pool)} of Ceph {cluster.fsid}" if space else "",
-                pool_size_bytes=space.size_bytes if space else 0,
-                pool_free_bytes=space.free_bytes if space else 0,
-                needed_bytes=_HEADER_BYTES + objects // _OBJECT_MAP_SHARE if space else 0,
-            )
+        found = self._ask("space", volume)
+        if not found["size"]:
+            raise UnavailableError(f"volume {volume.name}: the image is empty", code="volume-empty")
+        known = found["pool_size"] > 0  # where no manager runs, nobody knows
+        return VolumeState(
+            size_bytes=found["size"],
+            sector_size=volume.sector_size or _SECTOR,
+            identity=self._place(_look(volume, found), "", grouped=False).identity,
+            allocated_bytes=found["allocated"],
+            extents=0,
+            estimate_s=_ONE_S,
+            pool=f"{found['pool_name']} of Ceph {found['fsid']}" if known else "",
+            pool_size_bytes=found["pool_size"],
+            pool_free_bytes=found["pool_free"],
+            needed_bytes=_HEADER_BYTES + found["objects"] // _OBJECT_MAP_SHARE if known else 0,
+        )
 
     def plan(self, timemark: str, volumes: Sequence[Volume]) -> Plan:
         """A group where that makes one instant, else snapshots one by one, and a note why.
 
         Raises ConfigError (`image-twice`), and what `inspect` raises.
         """
-        looks = [look_at(volume) for volume in volumes]
+        looks = [_look(volume, self._ask("look", volume)) for volume in volumes]
         if len({(look.fsid, look.pool, look.image) for look in looks}) < len(looks):
             raise ConfigError(
                 "two volumes of the group are the same RBD image",
@@ -111,6 +92,15 @@ class RbdProvider:
             notes=(f"not one instant by itself: {why}",) if why else (),
         )
 
+    def _ask(self, verb: str, volume: Volume) -> Any:
+        login = login_of(volume)
+        image = str(ImageName.of_device(volume.path))
+        try:
+            return self._link.call(verb, conf=str(login.conf), user=login.user, image=image)
+        except NotFoundError as error:
+            error.message = f"volume {volume.name}: {error.message}"
+            raise
+
     def _place(self, look: Look, timemark: str, *, grouped: bool) -> Place:
         return Place(
             login=look.login,
@@ -126,49 +116,49 @@ class RbdProvider:
     # -- making --------------------------------------------------------------------------------
 
     def prepare(self, plan: Plan) -> None:
-        """Of a group: the snapshots that comparisons begin with, then the group. Idempotent."""
-        places = self._places(plan)
-        if not places[0].grouped:
-            return
-        with Pools() as pools:
-            pool = pools.of(places[0])
-            _at_once(places, lambda place: _ensure_base(pool, place))
-            rbd_group.ensure_joined(pool, places)
+        """Of a group: the snapshots that comparisons begin with, then the group. Idempotent.
+
+        Raises BusyError (`in-another-group`).
+        """
+        if place_of(plan.refs[0], self._instance).grouped:
+            self._link.call("prepare", refs=plan.refs)
 
     def snapshot(self, plan: Plan) -> tuple[Snapshot, ...]:
         """One snapshot of the group, or one of each image.
 
-        Raises BusyError (`snapshot-exists`, `volume-in-use`), UnavailableError
-        (`volume-replaced`).
+        Raises BusyError (`snapshot-exists`; `volume-in-use`: a writer keeps its lock),
+        UnavailableError (`volume-replaced`).
         """
-        with Pools() as pools, ExitStack() as stack:
-            shots = [
-                _open(volume, place, pools.of(place), stack)
-                for volume, place in zip(plan.volumes, self._places(plan), strict=True)
-            ]
-            try:
-                if shots[0].place.grouped:
-                    rbd_group.take(shots[0].pool, [shot.place for shot in shots])
-                else:
-                    _at_once(shots, _Shot.take)
-                return tuple(shot.record() for shot in shots)
-            except BaseException as failure:
-                self._take_back(plan, failure)
-                raise
+        names = [str(ImageName.of_device(volume.path)) for volume in plan.volumes]
+        try:
+            sizes = self._link.call("snapshot", refs=plan.refs, names=names)
+        except BaseException as failure:
+            if isinstance(failure, WorkerLostError) or not isinstance(failure, OffloadError):
+                self._take_back(plan, failure)  # else the worker has done so
+            raise
+        return tuple(
+            Snapshot(
+                volume=volume.name,
+                provider=self.name,
+                ref=ref,
+                size_bytes=size,
+                sector_size=volume.sector_size or _SECTOR,
+                identity=place_of(ref, self._instance).identity,
+            )
+            for volume, ref, size in zip(plan.volumes, plan.refs, sizes, strict=True)
+        )
 
     def _take_back(self, plan: Plan, failure: BaseException) -> None:
-        for ref in plan.refs:
-            try:
-                self.delete(dict(ref))
-            except OffloadError as error:
-                failure.add_note(error.message)
+        try:
+            self._link.call("delete", refs=plan.refs)
+        except OffloadError as error:
+            failure.add_note(error.message)
 
     def settle(self, snapshots: Sequence[Snapshot]) -> None:
         """Snapshots are durable from the start; images leave their group."""
-        places = [place_of(snapshot.ref, self._instance) for snapshot in snapshots]
-        if places and places[0].grouped:
-            with Pools() as pools:
-                rbd_group.leave(pools.of(places[0]), places)
+        refs = [dict(snapshot.ref) for snapshot in snapshots]
+        if refs and place_of(refs[0], self._instance).grouped:
+            self._link.call("settle", refs=refs)
 
     # -- unmaking ------------------------------------------------------------------------------
 
@@ -176,26 +166,15 @@ class RbdProvider:
         """Delete a snapshot, planned, half made or half deleted. Idempotent.
 
         The group goes with the last of its parts. Raises PolicyError (`foreign-snapshot`),
-        BusyError (`snapshot-in-use`: it is protected, or has clones), UnavailableError.
+        BusyError (`snapshot-in-use`: it is protected, or has clones), ConfigError
+        (`other-cluster`), UnavailableError.
         """
-        place = place_of(ref, self._instance)
-        try:
-            with Pools() as pools:
-                _delete(pools.of(place), place)
-        except NotFoundError as error:
-            if error.code != "pool-missing":
-                raise
+        self._link.call("delete", refs=[ref])
 
     def exists(self, ref: Ref) -> bool:
         """Whether the snapshot is there; of a group, only if the whole of it was made."""
-        place = place_of(ref, self._instance)
-        try:
-            with Pools() as pools, pools.image(place) as (pool, image):
-                return rbd_snapshots.find(pool, image, place) is not None
-        except NotFoundError as error:
-            if error.code not in {"pool-missing", "image-missing"}:
-                raise
-            return False
+        there: bool = self._link.call("exists", ref=ref)
+        return there
 
     def leftovers(self, volumes: Sequence[Volume]) -> list[Ref]:
         """Of what each image has of ours: every snapshot of a group has a base, made before it and
@@ -203,22 +182,16 @@ class RbdProvider:
         found: list[Ref] = []
         for volume in volumes:
             try:
-                with (
-                    connect(login_of(volume)) as cluster,
-                    volume_image(cluster, volume) as (pool, image),
-                ):
-                    look = look_of(cluster, volume, pool, image)
-                    found += self._refs_of(look, rbd_snapshots.ordinary(image).values())
+                answer = self._ask("names", volume)
             except NotFoundError:
                 continue  # the image is gone, and so are its snapshots
+            look = _look(volume, answer)
+            kinds = [kind_of(name, self._instance) for name in answer["names"]]
+            found += [
+                self._place(look, name.rpartition(".")[2], grouped=grouped).to_ref()
+                for name, grouped in filter(None, kinds)
+            ]
         return found
-
-    def _refs_of(self, look: Look, names: Iterable[str]) -> list[Ref]:
-        kinds = [kind_of(name, self._instance) for name in sorted(set(names))]
-        return [
-            self._place(look, name.rpartition(".")[2], grouped=grouped).to_ref()
-            for name, grouped in filter(None, kinds)
-        ]
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -247,109 +220,19 @@ class RbdProvider:
         """
         if older.identity != newer.identity or older.size_bytes != newer.size_bytes:
             return None
-        old = place_of(older.ref, self._instance)
-        new = place_of(newer.ref, self._instance)
-        with (
-            Pools() as pools,
-            pools.image(old) as (_, before),
-            pools.image(new) as (pool, after),
-        ):
-            rbd_snapshots.show(pool, before, old)
-            rbd_snapshots.show(pool, after, new)
-            if old.name == new.name:
-                return []
-            if rbd_image.find_snapshot(pool, before, name=old.base) is None:
-                raise rbd_snapshots.missing(old, old.base)
-            size = newer.size_bytes
-            # what was there at neither time is zeros at both: no question about it is needed
-            there = union(rbd_image.allocated(before, 0, size), rbd_image.allocated(after, 0, size))
-            found = rbd_image.changed_since(after, old.base, there)
-        return clip(align(found, newer.sector_size, size), 0, size)
-
-    def _places(self, plan: Plan) -> list[Place]:
-        return [place_of(ref, self._instance) for ref in plan.refs]
+        size = newer.size_bytes
+        found = self._link.call("changed", older=dict(older.ref), newer=dict(newer.ref), size=size)
+        exact = normalize((start, stop) for start, stop in found)
+        return align(exact, newer.sector_size, size)
 
 
-def _allocated_bytes(image: Any, size: int) -> int:
-    """By the object map; without one, counting would ask for each object, so all of it."""
-    import rbd
-
-    if not image.features() & rbd.RBD_FEATURE_FAST_DIFF:
-        return size
-    return total(rbd_image.allocated(image, 0, size))
-
-
-def _at_once(items: Sequence[_Item], work: Callable[[_Item], _Result]) -> list[_Result]:
-    """All of them, whatever becomes of one; then the first error."""
-    with ThreadPoolExecutor(max_workers=_CREW) as crew:
-        return [done.result() for done in [crew.submit(work, item) for item in items]]
-
-
-def _ensure_base(pool: Any, place: Place) -> None:
-    """One of an earlier call will do: what was written since is named as changed, no less."""
-    with opened(pool, image_id=place.image, read_only=False) as image:
-        if rbd_image.find_snapshot(pool, image, name=place.base) is None:
-            rbd_snapshots.take(image, place.base, place)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shot:
-    """One image whose snapshot is being taken."""
-
-    volume: Volume
-    place: Place
-    pool: Any
-    image: Any
-
-    def take(self) -> None:
-        rbd_snapshots.take(self.image, self.place.name, self.place)
-
-    def record(self) -> Snapshot:
-        rbd_snapshots.show(self.pool, self.image, self.place)
-        return Snapshot(
-            volume=self.volume.name,
-            provider=RbdProvider.name,
-            ref=self.place.to_ref(),
-            size_bytes=self.image.size(),
-            sector_size=self.volume.sector_size or _SECTOR,
-            identity=self.place.identity,
-        )
-
-
-def _open(volume: Volume, place: Place, pool: Any, stack: ExitStack) -> _Shot:
-    """The volume's image, which has to be the one that was planned, without such a snapshot."""
-    name = ImageName.of_device(volume.path)
-    image = stack.enter_context(opened(pool, name=name.image, read_only=False))
-    with translated(f"look at the image {name}"):
-        replaced = image.id() != place.image
-    if replaced:
-        raise UnavailableError(
-            f"volume {volume.name}: {name} was replaced during the snapshot",
-            code="volume-replaced",
-            hint="try again",
-        )
-    if rbd_snapshots.find(pool, image, place) is not None:
-        raise BusyError(
-            f"the snapshot {place.name} of {name} exists already",
-            code="snapshot-exists",
-            hint="take a new TimeMark; this one was not touched",
-        )
-    return _Shot(volume=volume, place=place, pool=pool, image=image)
-
-
-def _delete(pool: Any, place: Place) -> None:
-    """The part of a group's snapshot, the group with its last part, the ordinary snapshot: in this
-    order, because `leftovers` knows the first two by the last."""
-    try:
-        with opened(pool, image_id=place.image, read_only=False) as image:
-            if place.grouped:
-                rbd_group.remove_part(pool, image, place)
-                rbd_group.ensure_removed(pool, place)
-            for number, name in rbd_snapshots.ordinary(image).items():
-                if name == place.base:
-                    rbd_snapshots.remove(image, number, place)
-    except NotFoundError as error:
-        if error.code != "image-missing":
-            raise
-        if place.grouped:
-            rbd_group.ensure_removed(pool, place)
+def _look(volume: Volume, found: dict[str, Any]) -> Look:
+    return Look(
+        login=login_of(volume),
+        name=ImageName.of_device(volume.path),
+        fsid=found["fsid"],
+        pool=found["pool"],
+        image=found["image"],
+        exclusive=found["exclusive"],
+        group=found["group"],
+    )

@@ -1,7 +1,8 @@
 """A real Ceph cluster of one monitor, one OSD and one manager on loopback, its data in memory.
 
-With authentication: `client.admin`, and `client.offload` with the capabilities that the documents
-ask for. All files are in one folder; it is up in a few seconds.
+With authentication: `client.admin`, `client.offload` with the capabilities that the documents ask
+for, and `client.lookout`, who may see no data. All files are in one folder; it is up in a few
+seconds.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ _KEYRING = """\
  caps mon = "allow *"
  caps osd = "allow *"
  caps mgr = "allow *"
+[client.lookout]
+ key = {lookout}
+ caps mon = "allow r"
 [client.offload]
  key = {offload}
  caps mon = "profile rbd"
@@ -121,7 +125,7 @@ def running_ceph(folder: Path, memory_bytes: int = 2 << 30) -> Iterator[RunningC
     """A cluster for the block. `folder` is made; what is stored takes real memory."""
     folder.mkdir(parents=True, mode=0o700)
     fsid, port = str(uuid.uuid4()), _free_port()
-    keys = {name: _new_key() for name in ("mon", "osd", "mgr", "admin", "offload")}
+    keys = {name: _new_key() for name in ("mon", "osd", "mgr", "admin", "lookout", "offload")}
     conf = folder / "ceph.conf"
     conf.write_text(_CONF.format(fsid=fsid, port=port, folder=folder, memory_bytes=memory_bytes))
     _write_private(folder / "keyring", _KEYRING.format(**keys))
@@ -174,10 +178,11 @@ def _start_osd(stack: ExitStack, folder: Path, conf: Path, key: str) -> ProcessR
 
 
 def _start(stack: ExitStack, folder: Path, conf: Path, program: str, name: str) -> ProcessRef:
-    """In the foreground; ended with the stack, by its own handle."""
+    """In the foreground; ends with the stack, or with the calling thread."""
     log = os.open(folder / f"{program}.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        argv = [require_program(program, program), "-c", str(conf), "-i", name, "-f"]
+        argv = [require_program("setpriv", "util-linux"), "--pdeathsig", "KILL"]
+        argv += [require_program(program, program), "-c", str(conf), "-i", name, "-f"]
         process = spawn(argv, stdout=log, stderr=log)
     finally:
         os.close(log)

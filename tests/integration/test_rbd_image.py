@@ -115,6 +115,15 @@ def test_image_outside_its_size_is_refused(site: RbdSite) -> None:
                 image.pread(offset, length)
 
 
+def test_image_that_nobody_closed_is_closed_with_its_last_user(site: RbdSite) -> None:
+    (made,) = site.take("t0", site.image("db"))
+    image = RbdImage(site.provider.source(made))
+    inner = image._image
+    del image
+    with pytest.raises(rbd.InvalidArgument, match="closed"):
+        inner.size()
+
+
 def test_image_of_another_size_or_snapshot_is_refused(site: RbdSite) -> None:
     volume = site.image("db")
     (made,) = site.take("t0", volume)

@@ -18,7 +18,7 @@ from offload.errors import (
     PolicyError,
 )
 from offload.model import Instant, Volume
-from offload.snapshots import rbd_group, rbd_snapshots
+from offload.snapshots import rbd_group, rbd_snapshots, rbd_worker
 from offload.snapshots.rbd import RbdProvider
 from offload.snapshots.rbd_refs import place_of
 from offload.testing.ceph import POOL, RunningCeph
@@ -154,6 +154,17 @@ def test_writer_that_keeps_its_lock_makes_a_group_busy_and_leaves_nothing(
     assert site.is_clean(*pair)
 
 
+class Cut(BaseException):
+    """As if the process ended here."""
+
+
+class Here:
+    """The worker's work, done in this process."""
+
+    def call(self, verb: str, **args: Any) -> Any:
+        return rbd_worker.Worker(INSTANCE, lambda: None).answer(verb, args)
+
+
 # -- groups and their parts -------------------------------------------------------------------
 
 
@@ -187,10 +198,6 @@ def test_delete_after_each_step_of_a_group_leaves_nothing(
     site: RbdSite, pair: tuple[Volume, Volume], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut short anywhere on the way: found by `leftovers`, and cleaned up by its refs."""
-
-    class Cut(BaseException):
-        pass
-
     steps: list[tuple[Any, str]] = [
         (rbd_snapshots, "take"), (rbd_group, "ensure_joined"), (rbd_group, "take"),
         (rbd_group, "leave"), (rbd_group, "remove_part"), (rbd_group, "ensure_removed"),
@@ -204,7 +211,8 @@ def test_delete_after_each_step_of_a_group_leaves_nothing(
             raise Cut
 
         with monkeypatch.context() as patch:
-            patch.setattr(RbdProvider, "_take_back", lambda *_: None)
+            patch.setattr(site.provider, "_link", Here())
+            patch.setattr(site.provider, "_take_back", lambda *_: None)
             patch.setattr(module, name, cut)
             with pytest.raises(Cut):
                 site.provider.delete(dict(site.take(f"cut{number}", *pair)[0].ref))
