@@ -86,9 +86,10 @@ class TgtTarget:
             try:
                 listen.check_tcp(server.address, server.port, ())
             except UnavailableError as error:
-                if error.code == "port-taken":
+                if error.code != "port-taken":
+                    raise
+                if not server.find():  # ours may have started since we looked
                     raise server.port_taken() from error
-                raise
         return replace(found, address=server.address)
 
     def export(self, request: ExportRequest) -> Endpoint:
