@@ -47,7 +47,9 @@ class Rule:
     state: RuleState
     path: Path
     text: str
-    ours: bool  # a file of our own, which `install` writes; else an administrator's
+    by_hand: bool = (
+        False  # an administrator has a setting of their own there: it is theirs to merge
+    )
 
     @property
     def in_force(self) -> bool:
@@ -61,14 +63,18 @@ def look() -> list[Rule]:
 
 
 def install() -> list[Rule]:
-    """Write the files that are ours, and have udev read them; the state after that.
+    """Write what is missing, and have udev read it; the state after that.
 
-    Each appears whole or not at all, and again is no harm. Raises PrivilegeError, UnavailableError
-    (`host-file-unwritable`).
+    Each file changes whole or not at all, and again is no harm. Raises PrivilegeError,
+    UnavailableError (`host-file-unwritable`).
     """
     for rule in look():
-        if rule.ours and not rule.in_force:
-            _write(rule)
+        if rule.in_force or rule.by_hand:
+            continue
+        if rule.name == "lvm":  # not a file of ours: its other settings stay
+            _write(rule.path, _content(rule.path) + rule.text)
+        else:
+            _write(rule.path, rule.text)
     if udev_runs():
         run.run([run.require_program("udevadm", "udev"), "control", "--reload"])
     return look()
@@ -119,30 +125,29 @@ def _udev() -> Rule:
     places = [folder / _UDEV_NAME for folder in _UDEV_FOLDERS]
     path = next((place for place in places if place.exists()), places[0])
     needed = udev_runs() or run.find_program("udevadm") is not None
-    return Rule(name="udev", state=_state(path, text, needed), path=path, text=text, ours=True)
+    return Rule(name="udev", state=_state(path, text, needed), path=path, text=text)
 
 
 def _multipath() -> Rule:
     text = _text("multipath.conf")
     state = _state(_MULTIPATH, text, run.find_program("multipath") is not None)
-    return Rule(name="multipath", state=state, path=_MULTIPATH, text=text, ours=True)
+    return Rule(name="multipath", state=state, path=_MULTIPATH, text=text)
 
 
 def _lvm() -> Rule:
-    return Rule(name="lvm", state=_lvm_state(), path=_LVM_LOCAL, text=_text("lvm.conf"), ours=False)
-
-
-def _lvm_state() -> RuleState:
+    text = _text("lvm.conf")
     program = run.find_program("lvmconfig")
     if program is None:
-        return RuleState.NOT_NEEDED
-    filtered = _lvm_setting(program, "devices/global_filter")
-    if f'"r|^{_LVM_PATTERN}|"' in filtered or f'"r|{_LVM_PATTERN}|"' in filtered:
-        return RuleState.INSTALLED
-    listed = _lvm_setting(program, "devices/use_devicesfile").endswith("=1")
-    if listed and _LVM_DEVICES.exists():
-        return RuleState.NOT_NEEDED  # LVM uses the devices of that list and no others
-    return RuleState.MISSING
+        return Rule(name="lvm", state=RuleState.NOT_NEEDED, path=_LVM_LOCAL, text=text)
+    state, by_hand = RuleState.MISSING, False
+    found = _lvm_setting(program, "devices/global_filter")
+    if f'"r|^{_LVM_PATTERN}|"' in found or f'"r|{_LVM_PATTERN}|"' in found:
+        state = RuleState.INSTALLED
+    elif _lvm_setting(program, "devices/use_devicesfile").endswith("=1") and _LVM_DEVICES.exists():
+        state = RuleState.NOT_NEEDED  # LVM uses the devices of that list and no others
+    else:
+        by_hand = '"a|.*|"' not in found
+    return Rule(name="lvm", state=state, path=_LVM_LOCAL, text=text, by_hand=by_hand)
 
 
 def _lvm_setting(program: str, name: str) -> str:
@@ -158,21 +163,27 @@ def _state(path: Path, text: str, needed: bool) -> RuleState:
     return RuleState.MISSING
 
 
-def _write(rule: Rule) -> None:
-    fresh = rule.path.with_name(f".{rule.path.name}.{os.getpid()}")
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        rule.path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fresh.write_text(rule.text)
-            fresh.rename(rule.path)
+            fresh.write_text(text)
+            fresh.rename(path)
         finally:
             fresh.unlink(missing_ok=True)
     except PermissionError as error:
-        raise PrivilegeError(f"cannot write {rule.path}", hint="run it as root") from error
+        raise PrivilegeError(f"cannot write {path}", hint="run it as root") from error
     except OSError as error:
         raise UnavailableError(
-            f"cannot write {rule.path}: {error.strerror}", code="host-file-unwritable"
+            f"cannot write {path}: {error.strerror}", code="host-file-unwritable"
         ) from error
+
+
+def _content(path: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text().rstrip("\n") + "\n\n"
+    return ""
 
 
 def _text(name: str) -> str:

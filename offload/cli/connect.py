@@ -141,7 +141,7 @@ def connections(ctx: click.Context) -> None:
     cls=Command,
     examples=["offload host-rules", "offload host-rules --print", "offload host-rules --install"],
 )
-@click.option("--install", is_flag=True, help="Write the files that are offload's own.")
+@click.option("--install", is_flag=True, help="Write what is missing.")
 @click.option("--print", "show", is_flag=True, help="Print the texts, and where they belong.")
 @click.pass_context
 def host_rules(ctx: click.Context, install: bool, show: bool) -> None:
@@ -158,15 +158,13 @@ def host_rules(ctx: click.Context, install: bool, show: bool) -> None:
     emit(settings, found, lambda: _show_rules(found, show))
     lacking = [rule for rule in found if not rule.in_force]
     if lacking:
-        hint = (
-            "write the files: offload host-rules --install"
-            if any(rule.ours for rule in lacking)
-            else f"put the text of `offload host-rules --print` into {lacking[0].path}"
-        )
+        merge = [str(rule.path) for rule in lacking if rule.by_hand]
         raise UnavailableError(
             f"not in force: {', '.join(rule.name for rule in lacking)}",
             code="host-rules-missing",
-            hint=hint,
+            hint=f"merge what `offload host-rules --print` shows into {' and '.join(merge)}"
+            if merge
+            else "offload host-rules --install",
         )
 
 

@@ -225,7 +225,7 @@ def _host_rules() -> Iterator[Check]:
     """What keeps this machine from acting on what connected views hold."""
     for rule in host_rules.look():
         if rule.state is not RuleState.NOT_NEEDED:
-            fix = "offload host-rules --install" if rule.ours else "see: offload host-rules --print"
+            fix = "offload host-rules --print" if rule.by_hand else "offload host-rules --install"
             yield Check(
                 name=f"host rule for {rule.name}",
                 status=Status.OK if rule.in_force else Status.LIMITED,

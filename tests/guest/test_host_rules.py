@@ -147,14 +147,6 @@ def configuration() -> Iterator[None]:
     sh("udevadm", "control", "--reload")
 
 
-def install() -> None:
-    """As docs/howto/connect.md says."""
-    host_rules.install()
-    (lvm,) = (rule for rule in host_rules.look() if rule.name == "lvm")
-    with lvm.path.open("a") as out:
-        out.write(lvm.text)
-
-
 def uuid_of(device: str) -> str:
     return sh("blkid", "--probe", "--match-tag=UUID", "--output=value", device)
 
@@ -210,7 +202,7 @@ def test_without_the_rules_the_machine_acts_on_the_view(site: Site, machine: Mac
 
 @pytest.mark.parametrize("site", ["nbd", "tgt", "lio"], indirect=True)
 def test_with_the_rules_the_machine_passes_the_view_over(site: Site, machine: Machine) -> None:
-    install()
+    host_rules.install()
     made = site.connect()
     settle()
     assert len(parts_of(made)) == 5
@@ -235,7 +227,7 @@ def test_with_the_rules_the_machine_passes_the_view_over(site: Site, machine: Ma
 
 
 def test_with_the_filter_lvm_sees_only_the_machines_own(site: Site, machine: Machine) -> None:
-    install()
+    host_rules.install()
     made = site.connect()
     settle()
     done = said_by("vgs", "--noheadings", "--options=vg_name,pv_name")
@@ -253,7 +245,7 @@ def test_with_the_filter_lvm_sees_only_the_machines_own(site: Site, machine: Mac
 def test_with_the_blacklist_multipath_leaves_the_disk_alone(site: Site) -> None:
     """Where an administrator has it take every disk, that it would otherwise take."""
     Path("/etc/multipath.conf").write_text("defaults {\n\tfind_multipaths no\n}\n")
-    install()
+    host_rules.install()
     site.connect()
     assert said_by("multipath", "-d", "-v2").stdout == ""
     Path("/etc/multipath/conf.d/offload.conf").unlink()
@@ -262,7 +254,7 @@ def test_with_the_blacklist_multipath_leaves_the_disk_alone(site: Site) -> None:
 
 @pytest.mark.parametrize("site", ["nbd"], indirect=True)
 def test_loop_device_over_a_snapshot_is_passed_over_too(site: Site, machine: Machine) -> None:
-    install()
+    host_rules.install()
     (snapshot,) = site.folder.glob(".offload/*/*/db.copy")
     with looped(snapshot) as device:
         wait_for(Path(f"{device}p5").exists)
@@ -297,13 +289,20 @@ def test_look_sees_the_real_configuration(site: Site) -> None:
     def in_doctor() -> set[Status]:
         return {check.status for check in examine(None) if check.name.startswith("host rule")}
 
+    before = Path("/etc/lvm/lvmlocal.conf").read_text()
     assert set(states().values()) == {RuleState.MISSING}
     assert in_doctor() == {Status.LIMITED}
-    install()
+    host_rules.install()
     assert in_doctor() == {Status.OK}
     assert set(states().values()) == {RuleState.INSTALLED}
     assert connect.connect(site.ctx, "v").warnings == ()
-    shutil.copy("/dev/null", "/etc/lvm/lvmlocal.conf")
+    local = Path("/etc/lvm/lvmlocal.conf")
+    assert local.read_text().startswith(before)
+    host_rules.install()
+    assert local.read_text().count("global_filter = [") == 1
+    local.write_text('devices { global_filter = [ "r|^/dev/sr|" ] }\n')
+    (lvm,) = (rule for rule in host_rules.install() if rule.name == "lvm")
+    assert (lvm.state, lvm.by_hand) == (RuleState.MISSING, True)
     (warning,) = host_rules.require()
     assert "lvm" in warning
 
