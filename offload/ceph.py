@@ -39,7 +39,7 @@ _OPTIONS = {
 }
 _NEEDED = (
     "does the user's keyring lie where the configuration says, and has it the capabilities "
-    "mon 'profile rbd', osd 'profile rbd', mgr 'profile rbd'?"
+    "mon 'profile rbd', osd 'profile rbd pool=POOL'?"
 )
 
 

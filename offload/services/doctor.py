@@ -76,12 +76,15 @@ def _machine(config: Config | None) -> Iterator[Check]:
     volumes = config.volumes.values() if config else ()
     qcow2 = any(volume.provider == "qcow2" for volume in volumes)
     thin = any(volume.provider == "lvmthin" for volume in volumes)
+    ceph = any(volume.provider == "rbd" for volume in volumes)
     served = bool(config and config.volumes)
     yield _freeze(config)
     yield _reflink()
     yield _program("nbdkit", "nbdkit", "TimeViews", required=served)
-    yield from _nbdkit_modules(served=served, stored=bool(config and config.stores), qcow2=qcow2)
+    composed = ceph or bool(config and config.stores)
+    yield from _nbdkit_modules(served=served, composed=composed, qcow2=qcow2)
     yield _libnbd(required=qcow2)
+    yield _librbd(required=ceph)
     yield _program("qemu-nbd", "qemu-utils", "qcow2 volumes", required=qcow2)
     yield _program("qemu-img", "qemu-utils", "qcow2 volumes", required=qcow2)
     yield _program("lvcreate", "lvm2", "thin logical volumes", required=thin)
@@ -114,13 +117,15 @@ def _program(name: str, package: str, purpose: str, *, required: bool) -> Check:
     )
 
 
-def _nbdkit_modules(*, served: bool, stored: bool, qcow2: bool) -> Iterator[Check]:
+def _nbdkit_modules(*, served: bool, composed: bool, qcow2: bool) -> Iterator[Check]:
     program = run.find_program("nbdkit")
     folders = _nbdkit_folders(program) if program else {}
     for name, package in _PLUGINS.items():
         path = Path(folders.get("plugindir", "")) / f"nbdkit-{name}-plugin.so"
-        needed = {"file": served, "python": stored, "nbd": qcow2}[name]
-        purpose = {"file": "snapshots", "nbd": "qcow2 images", "python": "backups"}[name]
+        needed = {"file": served, "python": composed, "nbd": qcow2}[name]
+        purpose = {
+            "file": "snapshots", "nbd": "qcow2 images", "python": "backups and RBD images",
+        }[name]  # fmt: skip
         yield _module(
             f"nbdkit plugin {name}", path, f"TimeViews of {purpose}", package, required=needed
         )
@@ -191,6 +196,20 @@ def _libnbd(*, required: bool) -> Check:
         fix=""
         if there
         else "apt-get install python3-libnbd (and a virtual environment with system site packages)",
+        required=required,
+    )
+
+
+def _librbd(*, required: bool) -> Check:
+    lacking = [name for name in ("rados", "rbd") if find_spec(name) is None]
+    return Check(
+        name="librbd for Python",
+        status=Status.MISSING if lacking else Status.OK,
+        detail="images in a Ceph cluster",
+        fix=f"apt-get install {' '.join('python3-' + name for name in lacking)} "
+        "(and a virtual environment with system site packages)"
+        if lacking
+        else "",
         required=required,
     )
 

@@ -90,8 +90,7 @@ _KEYRING = """\
 [client.offload]
  key = {offload}
  caps mon = "profile rbd"
- caps osd = "profile rbd"
- caps mgr = "profile rbd"
+ caps osd = "profile rbd pool=vms"
 """
 
 
