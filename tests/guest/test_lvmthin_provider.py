@@ -36,7 +36,7 @@ from offload.snapshots.lvmthin_lvm import LogicalVolume
 from offload.testing.snapshot_provider import INSTANCE, SnapshotProviderContract, taken
 from offload.testing.thinpool import ThinPool, lvm, thin_pool, udev
 
-pytestmark = pytest.mark.in_guest(timeout_s=1200)
+pytestmark = pytest.mark.in_guest(timeout_s=2400)
 
 MIB = 1 << 20
 BLOCK = 64 << 10  # of the pool
