@@ -25,7 +25,7 @@ _DELEGATION = pytest.StashKey[Delegation]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known."""
-    line = f"{MARKER}(timeout_s=600): runs in the lab guest; the limit is that of its module there"
+    line = f"{MARKER}(timeout_s=1800): runs in the lab guest; the limit is that of its module there"
     config.addinivalue_line("markers", line)
     config.stash[_DELEGATION] = Delegation()
 
