@@ -175,7 +175,7 @@ def _amend(endpoint: IscsiEndpoint, settings: Mapping[str, str]) -> None:
             if line.partition(" = ")[0] not in settings and line != "# END RECORD"
         ]
         lines = [*kept, *(f"{name} = {value}" for name, value in settings.items()), "# END RECORD"]
-        fresh = _FOLDER / f".offload.{os.getpid()}"  # not in the folder, where it were a record
+        fresh = _unfinished(endpoint)
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(fd, "w") as out:
@@ -183,6 +183,12 @@ def _amend(endpoint: IscsiEndpoint, settings: Mapping[str, str]) -> None:
             fresh.rename(path)
         finally:
             fresh.unlink(missing_ok=True)
+
+
+def _unfinished(endpoint: IscsiEndpoint) -> Path:
+    """A record that is being written. Not in the folder of records, where it were one; and known
+    by its name, for a crash may leave it, with secrets."""
+    return _FOLDER / f".offload.{endpoint.iqn}"
 
 
 def _records(endpoint: IscsiEndpoint) -> list[Path]:
@@ -198,6 +204,7 @@ def _records(endpoint: IscsiEndpoint) -> list[Path]:
 
 
 def _remove_records(endpoint: IscsiEndpoint) -> None:
+    _unfinished(endpoint).unlink(missing_ok=True)
     for path in _records(endpoint):
         path.unlink(missing_ok=True)
         if path.parent.name != endpoint.iqn:

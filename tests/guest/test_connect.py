@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ from offload.services.connect import ConnectionState
 from offload.services.context import Context
 from offload.testing import certificates
 from offload.testing.connections import LINKS, MIB, Site, connection_site, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "design" / "recovery.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -255,11 +259,18 @@ def end_all(ctx: Context) -> list[Connection]:
     return connect.disconnect(ctx, [], all_connections=True)
 
 
+def assert_on_the_page(steps: list[str]) -> None:
+    """docs/design/recovery.md says what each leaves."""
+    unnamed = [s for s in steps if f"`{re.sub(r'-[0-9]+(?=[.])', '-N', s)}`" not in PAGE]
+    assert [s for s in unnamed if not s.startswith("undo.")] == []
+
+
 @pytest.mark.timeout(400)
 def test_connect_killed_at_each_step_leaves_nothing_or_all(site: Site) -> None:
     site.mount()
     steps = site.steps(take_one)
     assert "connect.device.intended" in steps
+    assert_on_the_page(steps)
     end_all(site.ctx)
     for step in steps:
         site.kill_at(step, take_one)
@@ -277,6 +288,7 @@ def test_disconnect_killed_at_each_step_is_finished(site: Site) -> None:
     take_one(site.ctx)
     steps = site.steps(end_all)
     assert "disconnect.device-1.done" in steps
+    assert_on_the_page(steps)
     for step in steps:
         take_one(site.ctx)
         site.kill_at(step, end_all)
@@ -299,6 +311,7 @@ def test_reconnect_killed_at_each_step_is_done_again(site: Site) -> None:
     lose_the_device()
     steps = site.steps(connect.reconnect)
     assert "reconnect.row.done" in steps
+    assert_on_the_page(steps)
     for step in steps:
         lose_the_device()
         site.kill_at(step, connect.reconnect)

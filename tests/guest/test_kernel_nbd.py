@@ -17,7 +17,7 @@ import pytest
 
 from offload import attachment, device_use, kernel_nbd, qemu_nbd, run
 from offload.blockdev import device_read_only, device_sector_size, device_size
-from offload.errors import NotFoundError, UnavailableError, UsageError
+from offload.errors import BusyError, NotFoundError, UnavailableError, UsageError
 from offload.genetlink import Family
 
 MIB = 1 << 20
@@ -191,6 +191,17 @@ def test_attach_two_devices_have_numbers_of_their_own(serve: Serve, image: Path)
     kernel_nbd.detach(one)
     assert kernel_nbd.find(NAME + "one") is None
     assert Path(two).read_bytes() == image.read_bytes()
+
+
+def test_attach_all_devices_taken_says_so(
+    serve: Serve, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_nbd, "INDEXES", range(1500, 1502))
+    server = serve("file", image)
+    assert {attach(server, name) for name in ("one", "two")} == {"/dev/nbd1500", "/dev/nbd1501"}
+    with pytest.raises(BusyError) as error:
+        attach(server, "three")
+    assert error.value.code == "no-device"
 
 
 def test_attach_nobody_there_names_the_address(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from offload import openiscsi
+from offload import openiscsi, run
 from offload.endpoint import IscsiEndpoint
 from offload.errors import ConfigError, OffloadError, UnavailableError
 from offload.iscsi import Chap
@@ -96,10 +96,21 @@ def test_logout_forgets_the_record_and_no_other(nodes: Path, place: str) -> None
     assert all(path.exists() for path in others)
 
 
-def test_logout_leaves_no_empty_folder(nodes: Path) -> None:
+def test_logout_leaves_neither_an_empty_folder_nor_half_a_record(nodes: Path) -> None:
+    """A crash while a record is written leaves it, with a secret."""
+    (nodes.parent / f".offload.{ENDPOINT.iqn}").write_text("password")
     write_record(nodes / ENDPOINT.iqn / "192.0.2.1,3260,1" / "default")
     openiscsi.logout(ENDPOINT)
     assert list(nodes.iterdir()) == []
+    assert list(nodes.parent.iterdir()) == [nodes]
+
+
+def test_check_without_open_iscsi_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "find_program", lambda _: None)
+    with pytest.raises(UnavailableError) as error:
+        openiscsi.check()
+    assert error.value.code == "program-missing"
+    assert "apt-get install open-iscsi" in error.value.hint
 
 
 @pytest.mark.parametrize(
