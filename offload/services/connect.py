@@ -373,7 +373,12 @@ def _find(known: Sequence[Connection], text: str) -> Connection:
 
 def _check_idle(connection: Connection) -> None:
     device = attachment.find(Attachment.from_strings(connection.record))
-    users = device_use.users(device) if device is not None else []
+    if device is None:
+        return
+    users = device_use.users(device)
+    if users:  # udev has it open for a moment whenever something has happened to it
+        host_rules.settle()
+        users = device_use.users(device)
     if users:
         raise BusyError(
             f"{connection.name} ({device}) is in use: {'; '.join(users)}",
