@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -534,51 +535,49 @@ def test_delete_finds_what_a_probe_left(provider: LvmThinProvider, volume: Volum
         assert probe not in run(["dmsetup", "ls"]).stdout
 
 
-def system_calls(folder: Path, *names: str) -> list[int]:
-    """The numbers of lvcreate's ioctls of these kinds, from the last trace in a folder."""
-    lines = (folder / "trace").read_text().splitlines()
-    return [n for n, line in enumerate(lines, 1) if any(name in line for name in names)]
+STAGES = ("ordered", "suspended", "made", "counted", "resumed")
 
 
 def trace_lvcreate(folder: Path, *options: str) -> str:
     """A PATH in which lvcreate runs under strace."""
     script = folder / "lvcreate"
-    real, strace = "/sbin/lvcreate", find_program("strace")
-    trace = f"{strace} -o {folder}/trace -e trace=ioctl {' '.join(options)}"
-    script.write_text(f'#!/bin/sh\nexec {trace} {real} "$@"\n')
+    trace = f"{find_program('strace')} -o {folder}/trace -e trace=ioctl {' '.join(options)}"
+    script.write_text(f'#!/bin/sh\nexec {trace} /sbin/lvcreate "$@"\n')
     script.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
 
-@pytest.fixture
-def thin(pool: ThinPool, volume: Volume) -> tuple[ThinPool, Volume]:
-    return pool, volume
+@pytest.fixture(scope="module")
+def stages(pool: ThinPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """The number of the ioctl at which lvcreate has come so far. Of a group with one volume."""
+    folder = tmp_path_factory.mktemp("traced")
+    origin = add_volume(pool)
+    run(
+        ["lvcreate", "--snapshot", "--setactivationskip", "y", "--name", "traced",
+         "--noudevsync", "--ignoremonitoring", str(origin.path)],
+        env={"PATH": trace_lvcreate(folder)},
+    )  # fmt: skip
+    lvm("lvremove", f"{pool.vg}/traced", str(origin.path))
+    lines = list(enumerate((folder / "trace").read_text().splitlines(), 1))
+    suspend, resume = [number for number, line in lines if "DM_DEV_SUSPEND" in line]
+    tell, count = [number for number, line in lines if "DM_TARGET_MSG" in line]
+    numbers = (suspend, suspend + 1, tell + 1, count + 1, resume + 1)
+    return dict(zip(STAGES, numbers, strict=True))
 
 
-@pytest.mark.parametrize("place", ["ordered", "suspended", "made", "counted", "resumed"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_delete_puts_right_what_a_killed_lvcreate_left(
-    provider: LvmThinProvider,
-    thin: tuple[ThinPool, Volume],
-    tmp_path: Path,
-    place: str,
-    monkeypatch: pytest.MonkeyPatch,
+    provider: LvmThinProvider, pool: ThinPool, volume: Volume, stages: dict[str, int], stage: str
 ) -> None:
     """At every stage of it: writers go on, the snapshot is gone, LVM and the pool agree."""
-    pool, volume = thin
-    monkeypatch.setenv("PATH", trace_lvcreate(tmp_path))
-    plan = provider.plan("tkilled000", [volume])
-    provider.snapshot(plan)
-    provider.delete(dict(plan.refs[0]))
-    suspend, resume = system_calls(tmp_path, "DM_DEV_SUSPEND")
-    tell, count = system_calls(tmp_path, "DM_TARGET_MSG")
-    number = {"ordered": suspend, "suspended": suspend + 1, "made": tell + 1,
-              "counted": count + 1, "resumed": resume + 1}[place]  # fmt: skip
-    trace_lvcreate(tmp_path, "-e", f"inject=ioctl:signal=KILL:when={number}")
     before = pool.status().transaction_id
-    with pytest.raises(OffloadError):
-        provider.snapshot(plan)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        kill = f"inject=ioctl:signal=KILL:when={stages[stage]}"
+        patched.setenv("PATH", trace_lvcreate(Path(folder), "-e", kill))
+        with pytest.raises(OffloadError):
+            provider.snapshot(provider.plan("tkilled000", [volume]))
     assert provider.leftovers([volume]) == []
-    device = devicemapper.find(pool.row(volume.path.name).dm_uuid)  # type: ignore[union-attr]
+    device = devicemapper.find_named(lvmthin_names.mapper_name(pool.vg, volume.path.name))
     assert device is not None
     assert not device.suspended
     check_in_step(pool)
