@@ -2,7 +2,7 @@
 
 Built-ins stand in explicit tables `name → "module:Class"` and are loaded when they are used; third
 parties add theirs through entry points of the same group (`offload.snapshots`, `offload.targets`,
-`offload.stores`).
+`offload.stores`, `offload.freezers`, `offload.applications`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, assert_never
 
 from offload.errors import ConfigError
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, RbdSource, Source
+from offload.model import (
+    BackupSource,
+    Consistency,
+    NbdSource,
+    Qcow2Source,
+    RawSource,
+    RbdSource,
+    Source,
+)
 
 if TYPE_CHECKING:
-    from offload.config import LocalQuiesce, QmpQuiesce
+    from offload.configs.quiesce import (
+        ApplicationConfig,
+        FreezeConfig,
+        LocalQuiesce,
+        QmpQuiesce,
+        VmConfig,
+    )
     from offload.image import Image
     from offload.instance import Instance
-    from offload.quiesce import Quiescer
+    from offload.quiesce import Part, Quiescer
     from offload.snapshot import SnapshotProvider
     from offload.store import Store
     from offload.target import Target
@@ -36,6 +50,9 @@ TARGETS = {
     "tgt": "targets.tgt:TgtTarget",
     "lio": "targets.lio:LioTarget",
 }
+# called with the VM's name, the entry of the configuration and the instance; so are APPLICATIONS
+FREEZERS: dict[str, str] = {}
+APPLICATIONS: dict[str, str] = {}
 STORES = {"disk": "offload.stores.disk:DiskStore"}
 
 
@@ -71,6 +88,49 @@ def quiescer(
 
         return QmpQuiescer(entry, volumes, instance)
     assert_never(entry.kind)
+
+
+def vm_quiescer(
+    name: str, vm: VmConfig, least: Consistency, volumes: tuple[str, ...], instance: Instance
+) -> Quiescer:
+    """The quiescer of a `[vms.NAME]` for a group of `volumes`."""
+    from offload.quiescers.vm import VmQuiescer
+
+    ours = tuple(volume for volume in vm.volumes if volume in volumes)
+    freezer = freezer_part(name, vm.freeze, ours, instance) if vm.freeze is not None else None
+    return VmQuiescer(
+        name,
+        volumes=ours,
+        least=least,
+        applications=[application_part(name, entry, instance) for entry in vm.applications],
+        freezer=freezer,
+        freezes=getattr(freezer, "freezes", ()),
+    )
+
+
+def freezer_part(
+    vm: str, entry: FreezeConfig, volumes: tuple[str, ...], instance: Instance
+) -> Part:
+    """What freezes the file systems of a VM, with disks on `volumes` of the group."""
+    if entry.kind == "local":
+        from offload.configs.quiesce import LocalQuiesce
+        from offload.quiescers.local import LocalQuiescer
+
+        return LocalQuiescer(LocalQuiesce(kind="local", mounts=entry.mounts), volumes, instance)
+    if entry.kind == "qmp":
+        from offload.configs.quiesce import QmpQuiesce
+        from offload.quiescers.qmp import QmpQuiescer
+
+        return QmpQuiescer(QmpQuiesce(kind="qmp", socket=entry.socket), volumes, instance)
+    made: Part = _load("offload.freezers", "freezer", FREEZERS, entry.kind)(vm, entry, instance)
+    return made
+
+
+def application_part(vm: str, entry: ApplicationConfig, instance: Instance) -> Part:
+    """What holds an application of a VM."""
+    kind = _load("offload.applications", "application", APPLICATIONS, entry.kind)
+    made: Part = kind(vm, entry, instance)
+    return made
 
 
 def open_image(source: Source) -> Image:

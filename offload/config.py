@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import stat
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -22,43 +20,28 @@ from pydantic import (
 )
 
 from offload.ceph import ImageName
+from offload.configs.base import Model, Seconds, absolute_path, seconds
+from offload.configs.hypervisors import HypervisorConfig
+from offload.configs.quiesce import LibvirtFreeze, QuiesceConfig, VmConfig, VmwareFreeze
+from offload.configs.targets import IscsiConfig, NbdConfig, OverlayConfig
 from offload.errors import ConfigError, NotFoundError
-from offload.iqn import check_iqn
 from offload.model import Consistency, Volume
-from offload.quantity import Watermark, parse_duration, parse_size
+from offload.quantity import Watermark
 
 SYSTEM_CONFIG = Path("/etc/offload/offload.toml")
 _SECRET_KEYS = ("passphrase", "password", "secret")
+# pydantic puts the kind of a table that comes in several into the place of an error
+_KINDS = (
+    "local", "qmp", "qemu-ga", "libvirt", "vmware", "vsphere",
+    "postgresql", "mysql", "sqlite", "script", "ssh",
+)  # fmt: skip
 CONFIG_ENV = "OFFLOAD_CONFIG"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 RESERVED_GROUP_NAMES = ("list", "show", "diff", "delete", "create")  # words of `offload backup`
 
 
-def _seconds(value: object) -> object:
-    return parse_duration(value) if isinstance(value, str) else value
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=86400)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _absolute_path(value: Path | None) -> Path | None:
-    if value is not None and not value.is_absolute():
-        raise ValueError("must be an absolute path")
-    return value
-
-
-def _check_networks(value: tuple[str, ...]) -> tuple[str, ...]:
-    for text in value:
-        ipaddress.ip_network(text)  # its ValueError says what is wrong
-    return value
-
-
-class VolumeConfig(_Model):
+class VolumeConfig(Model):
     """`[volumes.NAME]`."""
 
     provider: str
@@ -73,7 +56,7 @@ class VolumeConfig(_Model):
     @field_validator("path", "snapshot_dir", "qmp_socket", "conf")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return _absolute_path(value)
+        return absolute_path(value)
 
     @field_validator("image")
     @classmethod
@@ -109,36 +92,7 @@ class VolumeConfig(_Model):
         return self.path
 
 
-class LocalQuiesce(_Model):
-    """`kind = "local"`: file systems mounted on this machine, and/or commands before and after."""
-
-    kind: Literal["local"]
-    mounts: tuple[Path, ...] = ()
-    pre: tuple[str, ...] = ()  # an argv list, run before the freeze
-    post: tuple[str, ...] = ()  # an argv list, run after the thaw, where pre succeeded
-    timeout_s: Seconds = 30.0  # of each command
-    volumes: tuple[str, ...] = ()  # whose writers it holds; default: all of the group
-    level: Consistency = Consistency.APPLICATION  # what the commands reach, when they succeed
-
-    @model_validator(mode="after")
-    def _something(self) -> LocalQuiesce:
-        if not self.mounts and not self.pre:
-            raise ValueError("needs mounts, or pre and post commands")
-        return self
-
-
-class QmpQuiesce(_Model):
-    """`kind = "qmp"`: stops the CPUs of a QEMU for the instant of the snapshot."""
-
-    kind: Literal["qmp"]
-    socket: Path
-    volumes: tuple[str, ...] = ()
-
-
-QuiesceConfig = Annotated[LocalQuiesce | QmpQuiesce, Field(discriminator="kind")]
-
-
-class GroupConfig(_Model):
+class GroupConfig(Model):
     """`[groups.NAME]`."""
 
     volumes: tuple[str, ...] = Field(min_length=1)
@@ -149,7 +103,7 @@ class GroupConfig(_Model):
     quiesce: tuple[QuiesceConfig, ...] = ()
 
 
-class KeepConfig(_Model):
+class KeepConfig(Model):
     """`[stores.NAME.keep]`: which backups `prune` keeps, per group."""
 
     last: int = Field(default=0, ge=0)
@@ -158,10 +112,10 @@ class KeepConfig(_Model):
     weekly: int = Field(default=0, ge=0)
     monthly: int = Field(default=0, ge=0)
     yearly: int = Field(default=0, ge=0)
-    within: Annotated[float, BeforeValidator(_seconds), Field(ge=0)] = 0.0  # seconds, or "14d"
+    within: Annotated[float, BeforeValidator(seconds), Field(ge=0)] = 0.0  # seconds, or "14d"
 
 
-class StoreConfig(_Model):
+class StoreConfig(Model):
     """`[stores.NAME]`."""
 
     kind: Literal["disk"]
@@ -183,112 +137,7 @@ class StoreConfig(_Model):
         return value
 
 
-class NbdConfig(_Model):
-    """`[nbd]`: views over NBD on TCP. Unix sockets need none of it."""
-
-    address: str = "127.0.0.1"
-    tls: Literal["off", "certificates", "psk"] = "off"  # off: loopback only
-    certificates: Path | None = None  # folder: ca-cert.pem, server-cert.pem, server-key.pem
-    verify_clients: bool = True  # with certificates: clients need one of that authority
-    psk: Path | None = None  # pre-shared keys, a line `user:hex` each, 0600
-    allow: tuple[str, ...] = ()  # addresses and networks that are served; none: any
-
-    @field_validator("address")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        ipaddress.ip_address(value)  # its ValueError says what is wrong
-        return value
-
-    @field_validator("certificates", "psk")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return _absolute_path(value)
-
-    @field_validator("allow")
-    @classmethod
-    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _check_networks(value)
-
-    @model_validator(mode="after")
-    def _complete(self) -> NbdConfig:
-        if self.tls == "certificates" and self.certificates is None:
-            raise ValueError("tls = 'certificates' needs certificates, a folder")
-        if self.tls == "psk" and self.psk is None:
-            raise ValueError("tls = 'psk' needs psk, a file")
-        return self
-
-
-class ChapConfig(_Model):
-    """`[iscsi.chap]`: CHAP, and mutual CHAP where there is a mutual user. Secrets are files of one
-    line that only their owner may read."""
-
-    user: str = Field(min_length=1, max_length=255)
-    secret_file: Path
-    mutual_user: str | None = Field(default=None, min_length=1, max_length=255)
-    mutual_secret_file: Path | None = None
-
-    @field_validator("secret_file", "mutual_secret_file")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return _absolute_path(value)
-
-    @model_validator(mode="after")
-    def _both(self) -> ChapConfig:
-        if (self.mutual_user is None) != (self.mutual_secret_file is None):
-            raise ValueError("mutual CHAP needs mutual_user and mutual_secret_file")
-        return self
-
-
-class IscsiConfig(_Model):
-    """`[iscsi]`: views over iSCSI, by LIO or tgt."""
-
-    address: str = "127.0.0.1"
-    port: int = Field(default=3260, ge=1, le=65535)
-    networks: tuple[str, ...] = ()  # storage networks: portals outside loopback must lie in one
-    iqn_prefix: str = "iqn.2026-11.internal.offload"
-    initiators: tuple[str, ...] = ()  # IQNs that may log in; needed outside loopback
-    chap: ChapConfig | None = None  # needed outside loopback
-
-    @field_validator("networks")
-    @classmethod
-    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _check_networks(value)
-
-    @field_validator("iqn_prefix", "initiators")
-    @classmethod
-    def _names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for name in (value,) if isinstance(value, str) else value:
-            check_iqn(name)
-        return value
-
-
-class OverlayConfig(_Model):
-    """`[overlays]`: what is written to writable views."""
-
-    folder: Path | None = None  # default: `overlays` in the state folder
-    limit: str = "20GiB"  # of one view, unless `mount --overlay-limit` says otherwise
-    alarm: str = "80%"  # of the limit: from here on `status` and `watch` warn
-    min_free: str = "1GiB"  # of the folder's file system: below it no writable view is mounted
-
-    @field_validator("folder")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return _absolute_path(value)
-
-    @field_validator("limit")
-    @classmethod
-    def _size(cls, value: str) -> str:
-        parse_size(value)
-        return value
-
-    @field_validator("alarm", "min_free")
-    @classmethod
-    def _share(cls, value: str) -> str:
-        Watermark.parse(value)
-        return value
-
-
-class PoolConfig(_Model):
+class PoolConfig(Model):
     """`[pool]`: care of production storage."""
 
     min_free: str = "10%"  # below it no new TimeMark is made
@@ -301,14 +150,16 @@ class PoolConfig(_Model):
         return value
 
 
-class Config(_Model):
+class Config(Model):
     """The whole file."""
 
     state_dir: Path = Path("/var/lib/offload")
     runtime_dir: Path | None = None
-    volumes: dict[str, VolumeConfig] = {}
-    groups: dict[str, GroupConfig] = {}
-    stores: dict[str, StoreConfig] = {}
+    volumes: dict[str, VolumeConfig] = Field(default_factory=dict)
+    groups: dict[str, GroupConfig] = Field(default_factory=dict)
+    vms: dict[str, VmConfig] = Field(default_factory=dict)
+    hypervisors: dict[str, HypervisorConfig] = Field(default_factory=dict)
+    stores: dict[str, StoreConfig] = Field(default_factory=dict)
     pool: PoolConfig = PoolConfig()
     nbd: NbdConfig = NbdConfig()
     iscsi: IscsiConfig = IscsiConfig()
@@ -316,7 +167,7 @@ class Config(_Model):
 
     @model_validator(mode="after")
     def _names(self) -> Config:
-        for table in ("volumes", "groups", "stores"):
+        for table in ("volumes", "groups", "stores", "vms", "hypervisors"):
             for name in getattr(self, table):
                 if not _NAME.fullmatch(name):
                     raise ValueError(
@@ -326,6 +177,8 @@ class Config(_Model):
             if name in RESERVED_GROUP_NAMES:
                 raise ValueError(f"groups.{name}: '{name}' is a word of the command line")
             self._check_group(name, group)
+        for name, vm in self.vms.items():
+            self._check_vm(name, vm)
         return self
 
     def _check_group(self, name: str, group: GroupConfig) -> None:
@@ -340,6 +193,25 @@ class Config(_Model):
                     raise ValueError(f"groups.{name}.quiesce: '{volume}' is not in the group")
         if group.store is not None and group.store not in self.stores:
             raise ValueError(f"groups.{name}.store: there is no [stores.{group.store}]")
+
+    def _check_vm(self, name: str, vm: VmConfig) -> None:
+        for volume in vm.volumes:
+            if volume not in self.volumes:
+                raise ValueError(f"vms.{name}.volumes: there is no [volumes.{volume}]")
+        freeze = vm.freeze
+        if not isinstance(freeze, LibvirtFreeze | VmwareFreeze):
+            return
+        wanted = "libvirt" if freeze.kind == "libvirt" else "vsphere"
+        known = self.hypervisors.get(freeze.hypervisor)
+        if known is None or known.kind != wanted:
+            raise ValueError(
+                f"vms.{name}.freeze: there is no [hypervisors.{freeze.hypervisor}] of kind {wanted}"
+            )
+
+    def vms_of(self, group: str) -> dict[str, VmConfig]:
+        """The VMs with a disk on a volume of the group, and no others."""
+        volumes = set(self.group(group).volumes)
+        return {name: vm for name, vm in self.vms.items() if volumes & set(vm.volumes)}
 
     def volume(self, name: str) -> Volume:
         """A volume as the providers want it; NotFoundError if the file has none of that name."""
@@ -434,7 +306,7 @@ def load_config(path: Path) -> Config:
 def _explain(path: Path, error: ValidationError) -> str:
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if part not in ("local", "qmp"))
+        key = ".".join(str(part) for part in item["loc"] if part not in _KINDS)
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key '{key}'" + _suggest(str(item["loc"][-1])))
         else:
@@ -449,11 +321,24 @@ def _explain(path: Path, error: ValidationError) -> str:
 def _suggest(key: str) -> str:
     import difflib
 
-    models = (Config, VolumeConfig, GroupConfig, LocalQuiesce, QmpQuiesce, StoreConfig, KeepConfig,
-              PoolConfig, NbdConfig, IscsiConfig, ChapConfig, OverlayConfig)  # fmt: skip
-    known = {name for model in models for name in model.model_fields}
-    near = difflib.get_close_matches(key, known, n=1)
+    known = {name for model in all_models() for name in model.model_fields}
+    near = difflib.get_close_matches(key, sorted(known), n=1)
     return f", did you mean '{near[0]}'?" if near else ""
+
+
+def all_models(root: type[BaseModel] = Config) -> set[type[BaseModel]]:
+    """The file's model and those of all its tables."""
+    found = {root}
+    for field in root.model_fields.values():
+        for inner in _models_in(field.annotation):
+            found |= all_models(inner)
+    return found
+
+
+def _models_in(annotation: Any) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {model for part in get_args(annotation) for model in _models_in(part)}
 
 
 def _check_mode(path: Path, data: dict[str, Any]) -> None:

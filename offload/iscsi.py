@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import SecretStr
 
-from offload.config import IscsiConfig
+from offload.configs.targets import IscsiConfig
 from offload.errors import ConfigError, UsageError
 from offload.iqn import check_iqn
 from offload.model import Exposure

@@ -97,8 +97,32 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPart:
+    """One thing that was held for a TimeMark: file systems, a database, what a script stopped.
+
+    `what` was held, as its own side names it: mount points, a database. `at`: when the hold was
+    complete. `unbroken`: it still was after the snapshot. What holds nothing (a CHECKPOINT) has
+    `held_ms` 0 and is unbroken.
+    """
+
+    name: str
+    kind: str
+    ok: bool
+    unbroken: bool = True
+    what: tuple[str, ...] = ()
+    at: datetime | None = None
+    freeze_ms: float = 0.0
+    held_ms: float = 0.0
+    detail: str = ""  # what it said, what its hooks printed, or why it failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuiesceReport:
-    """What one quiescer did: one row of a TimeMark's report."""
+    """What one quiescer did, for a VM or a list of mounts: one row of a TimeMark's report.
+
+    `image_at`: where the VM's quiesced image is of another instant than the group's snapshots (a
+    VMware snapshot, which finishes when it does), when that was made; `detail` says where it is.
+    """
 
     name: str
     kind: str
@@ -108,6 +132,9 @@ class QuiesceReport:
     freeze_ms: float = 0.0
     held_ms: float = 0.0
     detail: str = ""
+    vm: str = ""
+    parts: tuple[HeldPart, ...] = ()
+    image_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +147,8 @@ class TimeMark:
     snapshots: tuple[Snapshot, ...]
     consistency: Consistency
     instant: Instant
-    freeze_ms: float
+    freeze_ms: float  # from the first writer held to the last let go
+    skew_ms: float = 0.0  # between the images of its VMs; 0: one instant
     purpose: str = "user"  # user | mount | backup: who made it, and so who may delete it
     keep: bool = False  # never reclaimed when the pool runs full
     reports: tuple[QuiesceReport, ...] = ()

@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from offload.config import NbdConfig
+from offload.configs.targets import NbdConfig
 from offload.errors import ConfigError
 from offload.secret_file import check_private
 

@@ -24,6 +24,10 @@ class Progress(Protocol):
         """The piece is complete. Idempotent."""
         ...
 
+    def status(self, task: str, text: str) -> None:
+        """What a piece of work without an amount is at now: replaces what was said of it before."""
+        ...
+
     def message(self, text: str) -> None:
         """One line worth a person's attention while the work runs."""
         ...
@@ -39,6 +43,9 @@ class NoProgress:
         """Nothing."""
 
     def finish(self, task: str) -> None:
+        """Nothing."""
+
+    def status(self, task: str, text: str) -> None:
         """Nothing."""
 
     def message(self, text: str) -> None:

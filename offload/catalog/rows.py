@@ -15,6 +15,7 @@ from offload.model import (
     ConnectionKind,
     Consistency,
     Exposure,
+    HeldPart,
     ImageRecord,
     Instant,
     QuiesceReport,
@@ -62,7 +63,8 @@ def timemark_row(timemark: TimeMark) -> Row:
         "purpose": timemark.purpose,
         "keep": timemark.keep,
         "snapshots": [{**asdict(s), "ref": dict(s.ref)} for s in timemark.snapshots],
-        "reports": [asdict(report) for report in timemark.reports],
+        "skew_ms": timemark.skew_ms,
+        "reports": [_report_fields(report) for report in timemark.reports],
         "warnings": list(timemark.warnings),
     }
 
@@ -77,6 +79,7 @@ def timemark_of(row: Row) -> TimeMark:
         consistency=Consistency(row["consistency"]),
         instant=Instant(row["instant"]),
         freeze_ms=row["freeze_ms"],
+        skew_ms=row["skew_ms"],
         purpose=row["purpose"],
         keep=row["keep"],
         reports=tuple(_report(fields) for fields in row["reports"]),
@@ -84,9 +87,31 @@ def timemark_of(row: Row) -> TimeMark:
     )
 
 
+def _report_fields(report: QuiesceReport) -> Row:
+    """JSON has no times."""
+    fields = asdict(report)
+    for timed, key in [(fields, "image_at"), *((part, "at") for part in fields["parts"])]:
+        timed[key] = timed[key] and timed[key].isoformat()
+    return fields
+
+
 def _report(fields: Row) -> QuiesceReport:
-    typed = {"volumes": tuple(fields["volumes"]), "consistency": Consistency(fields["consistency"])}
+    """Of version 2 and before they have neither parts nor times."""
+    typed = {
+        "volumes": tuple(fields["volumes"]),
+        "consistency": Consistency(fields["consistency"]),
+        "parts": tuple(_part(part) for part in fields.get("parts", ())),
+        "image_at": _time(fields.get("image_at")),
+    }
     return QuiesceReport(**{**fields, **typed})
+
+
+def _part(fields: Row) -> HeldPart:
+    return HeldPart(**{**fields, "what": tuple(fields["what"]), "at": _time(fields["at"])})
+
+
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
 
 
 def view_row(view: View) -> Row:

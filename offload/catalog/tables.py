@@ -61,6 +61,7 @@ timemarks = Table(
     Column("consistency", Text, nullable=False),
     Column("instant", Text, nullable=False),
     Column("freeze_ms", Float, nullable=False),
+    Column("skew_ms", Float, nullable=False),
     Column("purpose", Text, nullable=False),
     Column("keep", Boolean, nullable=False),
     Column("snapshots", JSON, nullable=False),

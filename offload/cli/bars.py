@@ -64,6 +64,7 @@ class BarProgress:
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
+        self._states: dict[str, TaskID] = {}
 
     def start(self, task: str, total_bytes: int | None) -> None:
         """A new bar; it pulses where the total is not known."""
@@ -81,6 +82,12 @@ class BarProgress:
             done = next(t.completed for t in self._bars.tasks if t.id == number)
             self._bars.update(number, total=done, completed=done)
             self._bars.stop_task(number)
+
+    def status(self, task: str, text: str) -> None:
+        """A line without a bar; it stays."""
+        if task not in self._states:
+            self._states[task] = self._bars.add_task(task, total=None, status=text)
+        self._bars.update(self._states[task], status=text)
 
     def message(self, text: str) -> None:
         """A line above the bars."""

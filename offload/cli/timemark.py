@@ -40,7 +40,7 @@ def timemark() -> None:
 @click.pass_context
 def create(ctx: click.Context, group: str, consistency: str | None, keep: bool) -> None:
     """Take a TimeMark of a GROUP."""
-    from offload.services import timemark as service
+    from offload.services import director as service
 
     settings = settings_of(ctx)
     options = service.CreateOptions(

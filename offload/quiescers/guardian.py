@@ -7,7 +7,7 @@ whatever it froze goes on when it is told to, when its standard input closes (it
 
 | command | answer |
 | --- | --- |
-| freeze | `ok`, `ms` (target → milliseconds), or not `ok`, `error`: all or none |
+| freeze, `within_s` | `ok`, `ms` (target → milliseconds), or not `ok`, `error`: all or none |
 | status | `held` (all were held without a break until now), `why` |
 | thaw | `ok`, `held` (as above), `why`, `held_ms`; or not `ok`, `error` |
 | quit | none: thaws and ends |
@@ -271,9 +271,9 @@ class Guard:
 class Server:
     """The command loop."""
 
-    def __init__(self, guard: Guard, deadline_s: float, wake_fd: int) -> None:
+    def __init__(self, guard: Guard, wake_fd: int) -> None:
         self._guard = guard
-        self._deadline_s = deadline_s
+        self._deadline_s = 0.0
         self._wake_fd = wake_fd
         self._until: float | None = None
         self._answer_due = False
@@ -288,7 +288,7 @@ class Server:
                 patience = None if self._until is None else max(0, self._until - time.monotonic())
                 ready, _, _ = select.select([0, self._wake_fd], [], [], patience)
                 if self._until is not None and time.monotonic() >= self._until:
-                    self._let_go(f"the deadline of {self._deadline_s:g} s passed")
+                    self._let_go(f"the deadline of {self._deadline_s:.3g} s passed")
                 if self._wake_fd in ready:
                     os.read(self._wake_fd, 4096)
                 if self._answer_due and (self._guard.settled or self._until is None):
@@ -310,10 +310,12 @@ class Server:
             return
         *lines, self._lines = (self._lines + more).split(b"\n")
         for line in lines:
-            self._obey(json.loads(line)["do"])
+            self._obey(json.loads(line))
 
-    def _obey(self, command: str) -> None:
+    def _obey(self, order: dict[str, Any]) -> None:
+        command = order["do"]
         if command == "freeze":
+            self._deadline_s = order["within_s"]
             self._until = time.monotonic() + self._deadline_s
             self._answer_due = True
             self._guard.begin()
@@ -362,7 +364,7 @@ class Server:
 
 
 def main(order: str) -> int:
-    """Run with an order: JSON of `mounts`, `qmp`, `deadline_s` and `marker`."""
+    """Run with an order: JSON of `mounts`, `qmp` and `marker`."""
     given = json.loads(order)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -373,7 +375,7 @@ def main(order: str) -> int:
         sys.stdout.write(json.dumps({"ok": False, "error": str(error)}) + "\n")
         return 1
     guard = Guard(holds, Path(given["marker"]), wake_write)
-    server = Server(guard, given["deadline_s"], wake_read)
+    server = Server(guard, wake_read)
 
     def end(_number: int, _frame: object) -> None:
         server.ending = True

@@ -68,7 +68,6 @@ class Holder:
         order = {
             "mounts": [str(m) for m in self._targets.mounts],
             "qmp": [str(s) for s in self._targets.qmp],
-            "deadline_s": deadline_s,
             "marker": str(self.marker),
         }
         root = str(Path(offload.__file__).parent.parent)
@@ -83,9 +82,14 @@ class Holder:
             self.close()
             raise UnavailableError(f"cannot freeze: {answer['error']}", code="freeze-failed")
 
-    def freeze(self) -> None:
-        """All or none. Raises UnavailableError (`freeze-failed`); then nothing is held."""
-        answer = self._ask("freeze", self._deadline_s + _SLACK_S)
+    def freeze(self, until: float) -> None:
+        """All or none, before `until` (of `time.monotonic`).
+
+        The dead-man timer lets go at the same time. Raises UnavailableError (`freeze-failed`);
+        then nothing is held.
+        """
+        within_s = max(0.0, until - time.monotonic())
+        answer = self._ask("freeze", within_s + _SLACK_S, within_s=within_s)
         if not answer["ok"]:
             raise UnavailableError(f"cannot freeze: {answer['error']}", code="freeze-failed")
         self._frozen = True
@@ -154,12 +158,12 @@ class Holder:
                 hint="run: offload recover",
             ) from error
 
-    def _ask(self, command: str, timeout_s: float) -> dict[str, Any]:
+    def _ask(self, command: str, timeout_s: float, **more: float) -> dict[str, Any]:
         process = self._process
         if process is None or process.stdin is None:
             raise UnavailableError("the guardian of the freeze is not running", code="guardian")
         try:
-            os.write(process.stdin.fileno(), json.dumps({"do": command}).encode() + b"\n")
+            os.write(process.stdin.fileno(), json.dumps({"do": command, **more}).encode() + b"\n")
         except OSError as error:
             raise _gone() from error
         return self._receive(timeout_s)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload import mountinfo, run
-from offload.config import LocalQuiesce
+from offload.configs.quiesce import LocalQuiesce
 from offload.errors import NotFoundError, PolicyError, PrivilegeError, UnavailableError
 from offload.filesystem import fsync_folder
 from offload.ids import new_id
 from offload.instance import Instance
-from offload.model import Consistency
+from offload.model import Consistency, HeldPart
 from offload.mountinfo import MountPoint
 from offload.quiescers import coverage
 from offload.quiescers.holder import Holder, Targets, describe, undo_hold
@@ -40,13 +40,19 @@ class LocalQuiescer:
     """One `kind = "local"` entry. `volumes`: whose writers it was found to hold."""
 
     kind = "local"
+    vm = ""
+    least: Consistency | None = None
+    image_at = None
 
     def __init__(self, entry: LocalQuiesce, volumes: tuple[str, ...], instance: Instance) -> None:
         self._entry = entry
         self._group_volumes = volumes
         self._instance = instance
         self._notes: list[str] = []
+        self._level = Consistency.CRASH
+        self._held = False  # from the pre command, or the freeze, to the thaw
         self._frozen = False
+        self.unbroken = True
         self.name = "local:" + (str(entry.mounts[0]) if entry.mounts else entry.pre[0])
         table = mountinfo.mounts()
         found = [mountinfo.find_mount(path, table) for path in entry.mounts]
@@ -157,23 +163,21 @@ class LocalQuiescer:
         if self._holder is not None:
             self._holder.arm(deadline_s)
 
-    def freeze(self) -> Consistency:
-        """The pre command, then the mounts. Raises UnavailableError (`hook-failed`,
-        `freeze-failed`); then nothing is held, and the post command has run if pre succeeded."""
+    def hold(self, until: float) -> None:  # noqa: ARG002 - commands have a limit of their own
+        """The pre command. Raises UnavailableError (`hook-failed`); then nothing is held."""
         if self._entry.pre:
             self._run_pre()
+            self._held = True
+
+    def freeze(self, until: float) -> Consistency:
+        """The mounts. Raises UnavailableError (`freeze-failed`): then they are not frozen, and the
+        post command is due at the thaw."""
         if self._holder is not None:
-            try:
-                self._holder.freeze()
-            except BaseException as failure:
-                try:
-                    self._run_post()
-                except UnavailableError as also:
-                    failure.add_note(also.message)
-                raise
+            self._holder.freeze(until)
             self._notes.append(describe(self._holder.frozen_ms))
-        self._frozen = True
-        return self._entry.level if self._entry.pre else Consistency.FILESYSTEM
+        self._held = self._frozen = True
+        self._level = self._entry.level if self._entry.pre else Consistency.FILESYSTEM
+        return self._level
 
     def _run_pre(self) -> None:
         if self._post is not None:
@@ -210,14 +214,15 @@ class LocalQuiescer:
         held = self._holder.still_frozen()
         if not held:
             self._notes.append(f"not held all the time: {self._holder.broken}")
+            self.unbroken = False
         return held
 
     def thaw(self) -> None:
         """Thaw, then the post command. Idempotent. Raises UnavailableError (`thaw-failed`,
         `hook-failed`)."""
-        if not self._frozen:
+        if not self._held:
             return
-        self._frozen = False
+        self._held = self._frozen = False
         with contextlib.ExitStack() as stack:
             stack.callback(self._run_post)  # also when the thaw cannot be confirmed
             if self._holder is not None:
@@ -229,6 +234,21 @@ class LocalQuiescer:
             if self._holder is not None:
                 stack.callback(self._holder.close)
             self.thaw()
+
+    @property
+    def what(self) -> tuple[str, ...]:
+        """The frozen mount points."""
+        return tuple(self._holder.frozen_ms) if self._holder is not None else ()
+
+    @property
+    def reached(self) -> Consistency:
+        """As of Quiescer."""
+        return self._level if self.unbroken else Consistency.CRASH
+
+    @property
+    def parts(self) -> tuple[HeldPart, ...]:
+        """None: it is one."""
+        return ()
 
     @property
     def output(self) -> str:

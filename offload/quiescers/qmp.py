@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from offload import image_lock
-from offload.config import QmpQuiesce
+from offload.configs.quiesce import QmpQuiesce
 from offload.errors import BusyError
 from offload.instance import Instance
-from offload.model import Consistency
+from offload.model import Consistency, HeldPart
 from offload.qmp import Qmp, QmpGoneError
 from offload.quiescers.holder import Holder, Targets, describe, undo_hold
 
@@ -29,7 +29,10 @@ class QmpQuiescer:
     QEMU writes to behind them is the administrator's word."""
 
     kind = "qmp"
+    vm = ""
     freezes: tuple[str, ...] = ()
+    least: Consistency | None = None
+    image_at = None
 
     def __init__(self, entry: QmpQuiesce, volumes: tuple[str, ...], instance: Instance) -> None:
         self._socket = entry.socket
@@ -39,6 +42,8 @@ class QmpQuiescer:
         self._holder = Holder(instance, Targets(qmp=(entry.socket,)))
         self._shut_down = False
         self._notes: list[str] = []
+        self.what: tuple[str, ...] = ()
+        self.unbroken = True
 
     def check(self) -> None:
         """Whether a QEMU answers, or is shut down. Raises BusyError (`volume-in-use`: no QEMU
@@ -77,7 +82,10 @@ class QmpQuiescer:
         if not self._shut_down:
             self._holder.arm(deadline_s)
 
-    def freeze(self) -> Consistency:
+    def hold(self, until: float) -> None:
+        """No application is known here."""
+
+    def freeze(self, until: float) -> Consistency:
         """Stop the CPUs. Raises UnavailableError (`freeze-failed`), BusyError (`volume-in-use`:
         a VM that was shut down was started just now)."""
         if self._shut_down:
@@ -87,7 +95,8 @@ class QmpQuiescer:
                 )
             self._notes.append("the VM is shut down")
         else:
-            self._holder.freeze()
+            self._holder.freeze(until)
+            self.what = ("CPUs",)
             self._notes.append(describe(self._holder.frozen_ms))
         return Consistency.CRASH
 
@@ -101,6 +110,7 @@ class QmpQuiescer:
             held, why = self._holder.still_frozen(), self._holder.broken
         if not held:
             self._notes.append(f"not held all the time: {why}")
+            self.unbroken = False
         return held
 
     def thaw(self) -> None:
@@ -110,6 +120,16 @@ class QmpQuiescer:
     def close(self) -> None:
         """End the guardian, which lets the CPUs run if that has not been done."""
         self._holder.close()
+
+    @property
+    def reached(self) -> Consistency:
+        """As of Quiescer."""
+        return Consistency.CRASH
+
+    @property
+    def parts(self) -> tuple[HeldPart, ...]:
+        """None: it is one."""
+        return ()
 
     @property
     def output(self) -> str:

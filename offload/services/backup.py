@@ -53,7 +53,7 @@ from offload.model import (
 from offload.origin import Origin, OriginKind, parse_origin
 from offload.progress import NoProgress, Progress
 from offload.quantity import Watermark
-from offload.services import points, stores, timemark
+from offload.services import director, points, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
 from offload.snapshot import HoldsForChanged
@@ -128,8 +128,8 @@ def backup(
         if origin.kind is OriginKind.GROUP:
             fresh = new_id()
             op.intend("timemark", "delete-unused", {"ids": dump([fresh])})
-            options = timemark.CreateOptions(purpose="backup", id=fresh)
-            mark = timemark.create(ctx, origin.id, options, progress)
+            options = director.CreateOptions(purpose="backup", id=fresh)
+            mark = director.create(ctx, origin.id, options, progress)
             op.done("timemark")
         elif origin.kind is OriginKind.TIMEMARK:
             mark = ctx.catalog.timemark(origin.id)

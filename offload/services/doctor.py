@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from offload import compose, host_rules, kernel_module, run
-from offload.config import Config, LocalQuiesce, StoreConfig
+from offload.config import Config, StoreConfig
+from offload.configs.quiesce import LocalQuiesce
 from offload.errors import ConfigError, OffloadError, PrivilegeError
 from offload.host_rules import RuleState
 from offload.procs import has_capability

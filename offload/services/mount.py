@@ -38,7 +38,7 @@ from offload.model import Connection, Exposure, View, ViewId, ViewState
 from offload.origin import NAME, Origin, OriginKind, parse_origin
 from offload.overlay import Usage
 from offload.progress import NoProgress, Progress
-from offload.services import connect, overlays, points, timemark
+from offload.services import connect, director, overlays, points, timemark
 from offload.services.context import Context
 from offload.services.points import Point
 from offload.services.undo import dump
@@ -293,8 +293,8 @@ def _fresh(ctx: Context, op: Operation, group: str, progress: Progress | None) -
     """A TimeMark made for this mount; its id is journalled before it exists."""
     chosen = new_id()
     op.intend("timemark", "delete-unused", {"ids": dump([chosen])})
-    options = timemark.CreateOptions(purpose="mount", id=chosen)
-    made = timemark.create(ctx, group, options, progress)
+    options = director.CreateOptions(purpose="mount", id=chosen)
+    made = director.create(ctx, group, options, progress)
     op.done("timemark")
     return Origin(kind=OriginKind.TIMEMARK, id=made.id)
 

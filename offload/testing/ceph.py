@@ -2,7 +2,8 @@
 
 With authentication: `client.admin`, `client.offload` with the capabilities that the documents ask
 for, and `client.lookout`, who may see no data. All files are in one folder; it is up in a few
-seconds.
+seconds. Its servers may be stopped for a while (SIGSTOP): an OSD that missed its heartbeats' grace
+would, without others, not answer again.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd client watch timeout = 3
+osd heartbeat grace = 600
 osd class load list = lock rbd
 osd class default list = lock rbd
 [client]

@@ -21,8 +21,8 @@ from offload.errors import UnavailableError
 from offload.iscsi import identity
 from offload.model import Exposure
 from offload.run import run
+from offload.services import director
 from offload.services import mount as mounts
-from offload.services import timemark
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
 from offload.target import ExportRequest
@@ -185,7 +185,7 @@ def ctx() -> Iterator[Context]:
 @pytest.mark.parametrize("writable", [False, True], ids=["read-only", "writable"])
 def test_views_come_back_from_the_catalog_as_they_were(ctx: Context, writable: bool) -> None:
     """The administrator clears LIO, or its service is restarted."""
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     options = MountOptions(target="lio", writable=writable)
     views = mounts.mount(ctx, [f"timemark:{mark.id}"], options)
     seen = {}

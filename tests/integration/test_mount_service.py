@@ -28,8 +28,8 @@ from offload.errors import (
 from offload.holds import claim_timemark
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.model import Exposure, TimeMark, View, ViewState
+from offload.services import director, timemark
 from offload.services import mount as mounts
-from offload.services import timemark
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
 from targets import processes
@@ -105,7 +105,7 @@ def ctx(config: Path) -> Iterator[Context]:
 
 @pytest.fixture
 def mark(ctx: Context) -> TimeMark:
-    return timemark.create(ctx, "shop")
+    return director.create(ctx, "shop")
 
 
 def _run_dirs(ctx: Context) -> list[Path]:

@@ -27,8 +27,8 @@ from offload.cli.main import run as cli
 from offload.errors import ConfigError, OffloadError, UnavailableError, UsageError
 from offload.model import Exposure, ExtentKind, Qcow2Source, RawSource, Source
 from offload.origin import parse_origin
+from offload.services import director, points, stores
 from offload.services import mount as mounts
-from offload.services import points, stores, timemark
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
@@ -999,7 +999,7 @@ def test_unmount_names_the_client_and_with_force_leaves_nothing(ctx: Context, si
 def test_views_for_people_shows_who_is_connected(
     ctx: Context, site: Site, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     (one,) = mounts.mount(ctx, [f"timemark:{mark.id}/db"], OVER_TCP)
     (two,) = mounts.mount(ctx, [f"timemark:{mark.id}/db"])
     config = ["--config", str(folder / "offload.toml")]
@@ -1016,7 +1016,7 @@ def test_views_for_people_shows_who_is_connected(
 
 
 def test_sixty_four_views_over_tls_at_once_all_read(ctx: Context, site: Site) -> None:
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     made = [mounts.mount(ctx, [f"timemark:{mark.id}/db"], OVER_TCP)[0] for _ in range(64)]
     assert len({view.uri for view in made}) == 64
     with contextlib.ExitStack() as held:

@@ -24,8 +24,8 @@ from offload import overlay, procs, run
 from offload.cli.main import run as cli
 from offload.errors import BusyError, OffloadError, PolicyError, UnavailableError, UsageError
 from offload.model import TimeMark, View, ViewState
+from offload.services import director, overlays, recover, status, stores
 from offload.services import mount as mounts
-from offload.services import overlays, recover, status, stores, timemark
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
@@ -97,7 +97,7 @@ def ctx(config: Path, folder: Path) -> Iterator[Context]:
 
 @pytest.fixture
 def mark(ctx: Context) -> TimeMark:
-    return timemark.create(ctx, "shop")
+    return director.create(ctx, "shop")
 
 
 @pytest.fixture
@@ -415,7 +415,7 @@ def test_file_system_full_write_fails_and_nothing_is_damaged(
     config.write_text(CONFIG.format(folder=folder, overlays=settings))
     filler = ext4_pool / "filler"
     with open_context(config) as ctx:
-        mark = timemark.create(ctx, "shop")
+        mark = director.create(ctx, "shop")
         (view,) = mounts.mount(ctx, [f"timemark:{mark.id}/db"], WRITABLE)
         try:
             free = os.statvfs(ext4_pool).f_bavail * os.statvfs(ext4_pool).f_frsize
@@ -472,6 +472,8 @@ class Heard:
     def start(self, task: str, total_bytes: int | None) -> None: ...
 
     def advance(self, task: str, count_bytes: int) -> None: ...
+
+    def status(self, task: str, text: str) -> None: ...
 
     def finish(self, task: str) -> None: ...
 

@@ -21,7 +21,8 @@ import pytest
 
 from offload import run
 from offload.catalog.store import Catalog
-from offload.config import Config, LocalQuiesce
+from offload.config import Config
+from offload.configs.quiesce import LocalQuiesce
 from offload.errors import NotFoundError, PolicyError, UnavailableError
 from offload.instance import Instance
 from offload.model import Consistency
@@ -29,6 +30,7 @@ from offload.quiescers import holder
 from offload.quiescers.guardian import FIFREEZE, FITHAW
 from offload.quiescers.local import LocalQuiescer, undo_post, undo_thaw
 from offload.testing.pools import partitions
+from offload.testing.quiesce import frozen
 
 pytestmark = pytest.mark.needs_root
 
@@ -169,7 +171,7 @@ def test_local_freeze_of_two_mounts_blocks_writers_until_the_thaw(
     assert quiescer.volumes == ("v",)
     quiescer.arm(10)
     assert all(writer.goes_on() for writer in writers)
-    assert quiescer.freeze() is Consistency.FILESYSTEM
+    assert frozen(quiescer) is Consistency.FILESYSTEM
     assert not any(writer.goes_on(0.3) for writer in writers)
     assert quiescer.still_frozen()
     assert quiescer.still_frozen()  # asking changes nothing
@@ -186,7 +188,7 @@ def test_local_deadline_passed_thaws_and_says_so(
 ) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(0.5)
-    quiescer.freeze()
+    frozen(quiescer, 0.5)
     time.sleep(0.7)
     assert all(writer.goes_on() for writer in writers)
     assert not quiescer.still_frozen()
@@ -197,7 +199,7 @@ def test_local_deadline_passed_thaws_and_says_so(
 def test_local_thawed_by_somebody_else_is_noticed(make: Make, disk: Disk) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     assert thaw(disk.b)
     assert not quiescer.still_frozen()
     assert "somebody else" in quiescer.output
@@ -215,7 +217,7 @@ def test_local_mount_frozen_by_somebody_else_fails_and_stays_frozen_for_them(
     fcntl.ioctl(fd, FIFREEZE, 0)
     os.close(fd)
     with pytest.raises(UnavailableError) as caught:
-        quiescer.freeze()
+        frozen(quiescer)
     assert caught.value.code == "freeze-failed"
     assert str(disk.b) in caught.value.message
     for action, args in reversed(quiescer.undos()):  # what the journal's roll-back does
@@ -230,13 +232,13 @@ PARENT = """
     import json, sys, time
     from pathlib import Path
     sys.path.insert(0, {root!r})
-    from tests.integration.test_quiesce_local import entry, instance_of
+    from tests.integration.test_quiesce_local import entry, frozen, instance_of
     from offload.quiescers.local import LocalQuiescer
     instance = instance_of(Path({folder!r}), {{"v": {volume!r}}})
     q = LocalQuiescer(entry(mounts={mounts!r}, **{hooks!r}), ("v",), instance)
     q.arm(30)
     undos = q.undos()
-    q.freeze()
+    frozen(q)
     print(json.dumps([undos, q._holder._process.pid]), flush=True)
     time.sleep(60)
 """
@@ -246,6 +248,7 @@ PARENT = """
 def parent(tmp_path: Path, disk: Disk) -> Iterator[Callable[..., tuple[Any, Any, int]]]:
     """Another process that freezes: itself, its undo actions, its guardian's pid."""
     started: list[subprocess.Popen[bytes]] = []
+    guardians: list[int] = []
 
     def start(**hooks: Any) -> tuple[Any, Any, int]:
         code = textwrap.dedent(PARENT).format(
@@ -259,11 +262,14 @@ def parent(tmp_path: Path, disk: Disk) -> Iterator[Callable[..., tuple[Any, Any,
         started.append(process)
         assert process.stdout is not None
         undos, guardian = json.loads(process.stdout.readline())
+        guardians.append(guardian)
         return process, undos, guardian
 
     yield start
     for process in started:
         run.terminate(process)
+    for guardian in guardians:  # it has the mount points open until it ends
+        wait_for(lambda pid=guardian: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
 
 
 def test_local_parent_killed_while_frozen_is_thawed_by_the_guardian_within_a_second(
@@ -304,7 +310,7 @@ def test_local_undo_of_another_boot_does_nothing(
 ) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     args = {**quiescer.undos()[0][1], "boot": "another"}
     marker = Path(args["marker"]).read_text()
     undo_thaw(instance, NO_CATALOG, args)
@@ -317,7 +323,7 @@ def test_local_undo_of_a_mount_with_another_file_system_leaves_it(
 ) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     args = dict(quiescer.undos()[0][1])
     args["mounts"] = json.dumps({str(disk.a): "12345", str(disk.b): "12345"})
     undo_thaw(instance, NO_CATALOG, args)
@@ -329,7 +335,7 @@ def test_local_guardian_killed_while_frozen_is_thawed_by_the_parent(
 ) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(30)
-    quiescer.freeze()
+    frozen(quiescer)
     kill_guardian(quiescer)
     assert not any(writer.goes_on(0.2) for writer in writers)
     assert not quiescer.still_frozen()
@@ -343,7 +349,7 @@ def test_local_guardian_killed_is_thawed_by_thaw_or_close_too(
 ) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(30)
-    quiescer.freeze()
+    frozen(quiescer)
     kill_guardian(quiescer)
     getattr(quiescer, how)()
     assert all(writer.goes_on() for writer in writers)
@@ -354,7 +360,7 @@ def test_local_guardian_told_to_end_thaws_first(
 ) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(30)
-    quiescer.freeze()
+    frozen(quiescer)
     guardian_of(quiescer).terminate()
     assert all(writer.goes_on() for writer in writers)
     assert not quiescer.still_frozen()
@@ -363,7 +369,7 @@ def test_local_guardian_told_to_end_thaws_first(
 def test_local_closed_while_frozen_thaws(make: Make, disk: Disk, writers: list[Writer]) -> None:
     quiescer = make(mounts=(disk.a, disk.b))
     quiescer.arm(30)
-    quiescer.freeze()
+    frozen(quiescer)
     process = guardian_of(quiescer)
     quiescer.close()
     assert all(writer.goes_on() for writer in writers)
@@ -402,7 +408,7 @@ def test_local_other_mount_read_only_leaves_the_volume_held(make: Make, disk: Di
     both = make(mounts=(disk.a, disk.b))
     both.check()
     both.arm(10)
-    both.freeze()
+    frozen(both)
     both.thaw()
     assert not thaw(disk.b)
 
@@ -440,7 +446,7 @@ def test_local_two_mounts_of_one_file_system_are_frozen_once(
         quiescer = make(mounts=(disk.a, again, disk.b))
         quiescer.check()
         quiescer.arm(10)
-        quiescer.freeze()
+        frozen(quiescer)
         assert quiescer.still_frozen()
         quiescer.close()
     finally:
@@ -559,7 +565,7 @@ def test_local_hooks_run_around_the_freeze_and_raise_the_consistency(
     assert [action for action, _ in quiescer.undos()] == ["run-post", "thaw-local"]
     quiescer.arm(10)
     assert said(tmp_path) == []
-    assert quiescer.freeze() is Consistency.APPLICATION
+    assert frozen(quiescer) is Consistency.APPLICATION
     assert said(tmp_path) == ["pre v"]
     quiescer.thaw()
     quiescer.close()
@@ -575,7 +581,7 @@ def test_local_hooks_without_mounts_hold_the_group_by_word(
     quiescer = make(**hooks, level="filesystem")
     assert quiescer.volumes == ("v",)
     quiescer.arm(10)
-    assert quiescer.freeze() is Consistency.FILESYSTEM
+    assert frozen(quiescer) is Consistency.FILESYSTEM
     assert quiescer.still_frozen()
     quiescer.thaw()
 
@@ -587,7 +593,7 @@ def test_local_failing_pre_freezes_nothing_and_runs_no_post(
     quiescer = make(mounts=(disk.a, disk.b), pre=(pre,), post=hooks["post"])
     quiescer.arm(10)
     with pytest.raises(UnavailableError) as caught:
-        quiescer.freeze()
+        frozen(quiescer)
     assert caught.value.code == "hook-failed"
     assert "no database here" in caught.value.message
     quiescer.close()
@@ -600,7 +606,7 @@ def test_local_slow_pre_is_ended_and_refused(make: Make, disk: Disk, tmp_path: P
     quiescer.arm(10)
     began = time.monotonic()
     with pytest.raises(UnavailableError):
-        quiescer.freeze()
+        frozen(quiescer)
     assert time.monotonic() - began < 5
 
 
@@ -611,7 +617,9 @@ def test_local_failing_freeze_after_pre_runs_post(
     quiescer.arm(10)
     kill_guardian(quiescer)
     with pytest.raises(UnavailableError):
-        quiescer.freeze()
+        frozen(quiescer)
+    assert said(tmp_path) == ["pre v"]
+    quiescer.thaw()
     assert said(tmp_path) == ["pre v", "post v"]
 
 
@@ -620,7 +628,7 @@ def test_local_failing_post_is_reported_after_the_thaw(
 ) -> None:
     quiescer = make(mounts=(disk.a, disk.b), pre=("true",), post=("false",))
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     with pytest.raises(UnavailableError) as caught:
         quiescer.thaw()
     assert caught.value.code == "hook-failed"

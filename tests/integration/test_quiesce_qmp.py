@@ -17,7 +17,8 @@ import pytest
 
 from offload import image_lock, run
 from offload.catalog.store import Catalog
-from offload.config import Config, QmpQuiesce
+from offload.config import Config
+from offload.configs.quiesce import QmpQuiesce
 from offload.errors import BusyError, UnavailableError
 from offload.images.qcow2 import Qcow2Image
 from offload.instance import Instance
@@ -26,6 +27,7 @@ from offload.qmp import Qmp, QmpBusyError
 from offload.quiescers.qmp import QmpQuiescer, undo_thaw
 from offload.snapshots.qcow2 import Qcow2Provider
 from offload.testing.qemu import RunningQemu, running_qemu
+from offload.testing.quiesce import frozen
 
 NO_CATALOG = cast("Catalog", None)
 
@@ -87,7 +89,7 @@ def test_qmp_freeze_stops_the_cpus_until_the_thaw(
     assert quiescer.volumes == ("db", "web")
     quiescer.arm(10)
     assert qemu.status() == "running"
-    assert quiescer.freeze() is Consistency.CRASH
+    assert frozen(quiescer) is Consistency.CRASH
     assert qemu.status() == "paused"
     assert quiescer.still_frozen()
     quiescer.thaw()
@@ -102,7 +104,7 @@ def test_qmp_paused_by_somebody_else_stays_paused(
     with Qmp(qemu.socket) as qmp:
         qmp.execute("stop")
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     assert quiescer.still_frozen()
     quiescer.thaw()
     undo_thaw(instance_of(folder), NO_CATALOG, quiescer.undos()[0][1])
@@ -113,7 +115,7 @@ def test_qmp_continued_by_somebody_else_is_noticed(
     quiescer: QmpQuiescer, qemu: RunningQemu
 ) -> None:
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     with Qmp(qemu.socket) as qmp:
         qmp.execute("cont")
     assert not quiescer.still_frozen()
@@ -124,7 +126,7 @@ def test_qmp_continued_by_somebody_else_is_noticed(
 
 def test_qmp_deadline_passed_continues(quiescer: QmpQuiescer, qemu: RunningQemu) -> None:
     quiescer.arm(0.3)
-    quiescer.freeze()
+    frozen(quiescer, 0.3)
     assert qemu.status() == "paused"
     wait_for(lambda: qemu.status() == "running")
     assert not quiescer.still_frozen()
@@ -134,7 +136,7 @@ def test_qmp_guardian_killed_is_continued_by_the_parent(
     quiescer: QmpQuiescer, qemu: RunningQemu
 ) -> None:
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     process = quiescer._holder._process
     assert process is not None
     process.kill()
@@ -147,7 +149,7 @@ def test_qmp_monitor_held_by_another_client_while_thawing_is_waited_for(
     quiescer: QmpQuiescer, qemu: RunningQemu
 ) -> None:
     quiescer.arm(0.3)
-    quiescer.freeze()
+    frozen(quiescer, 0.3)
     with Qmp(qemu.socket):  # hangs over the deadline
         time.sleep(0.6)
     wait_for(lambda: qemu.status() == "running")
@@ -157,13 +159,13 @@ PARENT = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, {root!r})
-    from tests.integration.test_quiesce_qmp import instance_of
-    from offload.config import QmpQuiesce
+    from tests.integration.test_quiesce_qmp import frozen, instance_of
+    from offload.configs.quiesce import QmpQuiesce
     from offload.quiescers.qmp import QmpQuiescer
     entry = QmpQuiesce(kind="qmp", socket=Path({socket!r}))
     q = QmpQuiescer(entry, ("db",), instance_of(Path({folder!r})))
     q.arm(30)
-    q.freeze()
+    frozen(q)
     print(q._holder._process.pid, q._holder.marker, flush=True)
     time.sleep(60)
 """
@@ -205,7 +207,7 @@ def test_qmp_fleece_is_taken_over_the_same_socket_while_the_cpus_stand(
     plan = provider.plan("t1", [volume])
     provider.prepare(plan)
     quiescer.arm(10)
-    quiescer.freeze()
+    frozen(quiescer)
     provider.snapshot(plan)
     assert quiescer.still_frozen()
     quiescer.thaw()
@@ -222,7 +224,7 @@ def shut_down(folder: Path) -> QmpQuiescer:
 def test_qmp_machine_that_is_shut_down_counts_as_held(shut_down: QmpQuiescer) -> None:
     shut_down.check()
     shut_down.arm(10)
-    assert shut_down.freeze() is Consistency.CRASH
+    assert frozen(shut_down) is Consistency.CRASH
     assert shut_down.still_frozen()
     shut_down.thaw()
     shut_down.close()
@@ -232,11 +234,11 @@ def test_qmp_machine_that_is_shut_down_counts_as_held(shut_down: QmpQuiescer) ->
 def test_qmp_machine_started_meanwhile_was_not_held(shut_down: QmpQuiescer, folder: Path) -> None:
     shut_down.check()
     shut_down.arm(10)
-    shut_down.freeze()
+    frozen(shut_down)
     with running_qemu(folder / "qmp", [folder / "disk.qcow2"]):
         assert not shut_down.still_frozen()
         with pytest.raises(BusyError):
-            shut_down.freeze()
+            frozen(shut_down)
     assert "was started" in shut_down.output
 
 

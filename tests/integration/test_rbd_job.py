@@ -19,8 +19,8 @@ import rbd
 from offload import compose, run
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.model import Instant, Snapshot, TimeMark, Volume
+from offload.services import director, stores, timemark
 from offload.services import mount as mounts
-from offload.services import stores, timemark
 from offload.services.backup import BackupReport, backup
 from offload.services.context import Context, open_context
 from offload.services.pools import survey
@@ -66,7 +66,7 @@ from offload.services.context import open_context
 with open_context(Path(sys.argv[1])) as ctx:
     match sys.argv[2:]:
         case ["create"]:
-            print(timemark.create(ctx, "shop").id)
+            print(director.create(ctx, "shop").id)
         case ["delete", mark]:
             timemark.delete(ctx, mark)
         case ["backup"]:
@@ -150,7 +150,7 @@ def test_timemarks_under_a_writer_are_one_instant_without_a_quiescer(
     """Nobody was held: the group's policy is `require` all the same."""
     with writing(site.ceph, *pair):
         for _ in range(10):
-            mark = timemark.create(ctx, "shop")
+            mark = director.create(ctx, "shop")
             assert mark.instant is Instant.ONE
             assert mark.warnings == ()
             one, two = (_number(ctx, snapshot) for snapshot in mark.snapshots)
@@ -168,7 +168,7 @@ def test_view_of_a_timemark_shows_it_with_its_holes(
     ctx: Context, site: RbdSite, pair: tuple[Volume, Volume]
 ) -> None:
     before = content(site, pair)
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     for volume in pair:
         site.write(volume, 1 * MIB, b"later" * 1000)
     for view in mounts.mount(ctx, [f"timemark:{mark.id}"]):
@@ -190,7 +190,7 @@ def test_view_of_a_timemark_shows_it_with_its_holes(
 
 
 def test_writable_view_leaves_the_snapshot_as_it_is(ctx: Context) -> None:
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     before = whole(ctx, mark.snapshots[0])
     (view,) = mounts.mount(ctx, [f"timemark:{mark.id}/db"], mounts.MountOptions(writable=True))
     handle: Any = nbd.NBD()
@@ -203,7 +203,7 @@ def test_writable_view_leaves_the_snapshot_as_it_is(ctx: Context) -> None:
 
 def test_view_whose_server_was_killed_is_served_again(ctx: Context, site: RbdSite) -> None:
     """Also after the image was renamed: views name it by its id."""
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     before = whole(ctx, mark.snapshots[0])[:4096]
     (view,) = mounts.mount(ctx, [f"timemark:{mark.id}/db"])
     os.kill(int(view.server["pid"]), signal.SIGKILL)
@@ -230,7 +230,7 @@ def test_pool_of_the_images_is_watched(
 
 def test_another_user_in_the_configuration_makes_no_orphan(ctx: Context, folder: Path) -> None:
     """How the cluster is reached is no part of what a snapshot is."""
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     config = folder / "offload.toml"
     config.write_text(config.read_text().replace(USER, "client.admin"))
     with open_context(config) as changed:
@@ -338,10 +338,10 @@ def test_timemark_killed_at_each_step_leaves_no_snapshot_and_no_group(
 def test_timemark_delete_killed_at_each_step_is_finished(
     ctx: Context, site: RbdSite, pair: tuple[Volume, Volume], folder: Path
 ) -> None:
-    steps = steps_of(ctx, folder, "delete", timemark.create(ctx, "shop").id)
+    steps = steps_of(ctx, folder, "delete", director.create(ctx, "shop").id)
     assert "timemark-delete.snapshot-db.done" in steps
     for name in steps:
-        mark = timemark.create(ctx, "shop")
+        mark = director.create(ctx, "shop")
         assert call(ctx, "delete", mark.id, **{CRASH_ENV: name}).status == -signal.SIGKILL, name
         recover(ctx)
         if name == "timemark-delete.begin":  # nothing was to be deleted yet

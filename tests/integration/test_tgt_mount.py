@@ -19,8 +19,8 @@ from offload import procs, run
 from offload.errors import BusyError, UnavailableError
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.model import TimeMark, View
+from offload.services import director
 from offload.services import mount as mounts
-from offload.services import timemark
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
 from offload.testing.instances import free_port
@@ -123,7 +123,7 @@ def ctx(config: Path) -> Iterator[Context]:
 
 @pytest.fixture
 def mark(ctx: Context) -> TimeMark:
-    return timemark.create(ctx, "shop")
+    return director.create(ctx, "shop")
 
 
 def _server(ctx: Context) -> PortalServer:

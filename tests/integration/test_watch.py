@@ -19,11 +19,11 @@ import pytest
 from offload.holds import claim_view, hold_timemark
 from offload.journal import CRASH_ENV
 from offload.model import Backup, BackupId, TimeMark, View, ViewState
+from offload.services import director, pools
 from offload.services import mount as mounts
-from offload.services import pools, timemark
 from offload.services.context import Context, open_context
+from offload.services.director import CreateOptions
 from offload.services.mount import MountOptions
-from offload.services.timemark import CreateOptions
 from offload.services.undo import dump
 from offload.services.watch import Event, EventKind, Watch
 from targets import processes
@@ -118,7 +118,7 @@ def backup_of(mark: TimeMark) -> Backup:
 
 
 def test_round_where_all_is_well_says_nothing(watch: Watch, ctx: Context) -> None:
-    timemark.create(ctx, "shop")
+    director.create(ctx, "shop")
     assert watch.round() == []
     assert watch.alarms == []
 
@@ -127,11 +127,11 @@ def test_round_low_pool_loses_the_least_needed_timemarks_until_there_is_room(
     watch: Watch, ctx: Context, config: Path
 ) -> None:
     """In the documented order; no more than it takes."""
-    user = timemark.create(ctx, "shop")
-    parent = timemark.create(ctx, "shop", CreateOptions(purpose="backup"))
+    user = director.create(ctx, "shop")
+    parent = director.create(ctx, "shop", CreateOptions(purpose="backup"))
     ctx.catalog.add_backup(backup_of(parent))
     ctx.catalog.set_parent("main", "db", parent.id, BackupId("b1"))
-    unneeded = timemark.create(ctx, "shop", CreateOptions(purpose="backup"))
+    unneeded = director.create(ctx, "shop", CreateOptions(purpose="backup"))
     want_free(config, free(ctx) + 2 * MIB)
     events = watch.round()
     assert kinds(events) == [EventKind.RECLAIMED]
@@ -168,7 +168,7 @@ def being_mounted(ctx: Context, mark: TimeMark) -> Iterator[None]:
 def test_round_low_pool_keeps_a_timemark_that_is_used(
     watch: Watch, ctx: Context, config: Path, used: Callable[..., AbstractContextManager[None]]
 ) -> None:
-    mark = timemark.create(ctx, "shop", CreateOptions(purpose="user"))
+    mark = director.create(ctx, "shop", CreateOptions(purpose="user"))
     want_free(config, free(ctx) + 2 * MIB)
     with used(ctx, mark):
         assert kinds(watch.round()) == [EventKind.ALARM]
@@ -181,7 +181,7 @@ def test_round_low_pool_keeps_a_timemark_that_is_used(
 def test_round_low_pool_keeps_a_protected_timemark(
     watch: Watch, ctx: Context, config: Path
 ) -> None:
-    mark = timemark.create(ctx, "shop", CreateOptions(keep=True))
+    mark = director.create(ctx, "shop", CreateOptions(keep=True))
     want_free(config, free(ctx) + 2 * MIB)
     assert kinds(watch.round()) == [EventKind.ALARM]
     assert marks(ctx) == {mark.id}
@@ -190,7 +190,7 @@ def test_round_low_pool_keeps_a_protected_timemark(
 def test_round_low_pool_without_reclaim_is_an_alarm_only(
     watch: Watch, ctx: Context, config: Path
 ) -> None:
-    mark = timemark.create(ctx, "shop")
+    mark = director.create(ctx, "shop")
     want_free(config, free(ctx) + 2 * MIB)
     config.write_text(config.read_text().replace("[pool]", "[pool]\nreclaim = false"))
     assert kinds(watch.round()) == [EventKind.ALARM]

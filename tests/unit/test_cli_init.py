@@ -12,7 +12,8 @@ import pytest
 
 from offload import init_template
 from offload.cli.main import run
-from offload.config import Config, GroupConfig, LocalQuiesce, StoreConfig, VolumeConfig, load_config
+from offload.config import Config, GroupConfig, StoreConfig, VolumeConfig, load_config
+from offload.configs.quiesce import LocalQuiesce
 
 
 def _uncommented(text: str) -> str:

@@ -11,11 +11,11 @@ from offload.config import (
     CONFIG_ENV,
     RESERVED_GROUP_NAMES,
     Config,
-    LocalQuiesce,
     find_config,
     load_config,
     usual_places,
 )
+from offload.configs.quiesce import LocalQuiesce
 from offload.errors import ConfigError, NotFoundError
 from offload.model import Consistency
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offload import iscsi
-from offload.config import IscsiConfig
+from offload.configs.targets import IscsiConfig
 from offload.errors import ConfigError, OffloadError, UsageError
 from offload.iqn import check_iqn, view_iqn
 from offload.model import Exposure

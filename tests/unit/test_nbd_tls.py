@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from offload import nbd_tls
-from offload.config import NbdConfig
+from offload.configs.targets import NbdConfig
 from offload.errors import ConfigError
 from offload.testing import certificates
 from offload.testing.certificates import Issued, Wanted, issue, make_authority, write_private

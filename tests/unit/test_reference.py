@@ -13,11 +13,7 @@ from offload import config, errors, run
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-MODELS = (
-    config.Config, config.VolumeConfig, config.GroupConfig, config.LocalQuiesce, config.QmpQuiesce,
-    config.StoreConfig, config.KeepConfig, config.PoolConfig, config.NbdConfig,
-    config.IscsiConfig, config.ChapConfig, config.OverlayConfig,
-)  # fmt: skip
+MODELS = sorted(config.all_models(), key=lambda model: model.__name__)
 LATER = {"passphrase"}  # refused until stores can be encrypted
 
 

@@ -1,0 +1,1 @@
+"""Parts of the configuration, a subject a file."""
