@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(settings: Settings) -> Iterator[Progress]:
-    """What fits this run: bars, lines, or nothing."""
+    """What fits this run: bars and live lines, lines for a log, or nothing."""
     if settings.json or settings.quiet:
         yield NoProgress()
     elif sys.stderr.isatty():
-        with _bars() as bars:
-            yield BarProgress(bars)
+        with _live() as shown:
+            yield shown
     else:
         yield LineProgress()
 
@@ -37,8 +37,10 @@ class LineProgress(NoProgress):
         click.echo(text, err=True)
 
 
-def _bars() -> Bars:
-    from rich.console import Console
+@contextmanager
+def _live() -> Iterator[BarProgress]:
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -48,23 +50,32 @@ def _bars() -> Bars:
     )
     from rich.progress import Progress as Bars
 
-    return Bars(
+    console = Console(stderr=True)
+    bars = Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
-        console=Console(stderr=True),
+        console=console,
     )
+    states = Bars(
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[status]}", markup=False),
+        console=console,
+    )
+    with Live(Group(states, bars), console=console, refresh_per_second=20):
+        yield BarProgress(bars, states)
 
 
 class BarProgress:
-    """One bar a task. rich locks inside, so any thread may report."""
+    """One bar a task, one line a state. rich locks inside, so any thread may report."""
 
-    def __init__(self, bars: Bars) -> None:
+    def __init__(self, bars: Bars, states: Bars) -> None:
         self._bars = bars
+        self._states = states
         self._tasks: dict[str, TaskID] = {}
-        self._states: dict[str, TaskID] = {}
+        self._lines: dict[str, TaskID] = {}
 
     def start(self, task: str, total_bytes: int | None) -> None:
         """A new bar; it pulses where the total is not known."""
@@ -84,10 +95,11 @@ class BarProgress:
             self._bars.stop_task(number)
 
     def status(self, task: str, text: str) -> None:
-        """A line without a bar; it stays."""
-        if task not in self._states:
-            self._states[task] = self._bars.add_task(task, total=None, status=text)
-        self._bars.update(self._states[task], status=text)
+        """Replace the task's line."""
+        if task in self._lines:
+            self._states.update(self._lines[task], status=text)
+        else:
+            self._lines[task] = self._states.add_task(task, total=None, status=text)
 
     def message(self, text: str) -> None:
         """A line above the bars."""

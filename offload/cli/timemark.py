@@ -11,7 +11,7 @@ from offload.cli.app import Group, settings_of
 from offload.cli.bars import progress
 from offload.cli.output import emit, facts, show_time, table
 from offload.cli.session import changing_context, confirm, reading_context
-from offload.model import Consistency, TimeMark
+from offload.model import Consistency, HeldPart, QuiesceReport, TimeMark
 from offload.quantity import show_size
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def _show(mark: TimeMark) -> None:
             ("consistency", mark.consistency.value),
             ("instant", mark.instant.value),
             ("freeze", f"{mark.freeze_ms:.0f} ms"),
+            *([("skew", f"{mark.skew_ms:.0f} ms")] if mark.reports else []),
             ("for", mark.purpose + (", kept" if mark.keep else "")),
             *(("warning", warning) for warning in mark.warnings),
         ]
@@ -152,14 +153,46 @@ def _show(mark: TimeMark) -> None:
     table(["volume", "provider", "size", "sector"], rows, "no snapshots")
     if mark.reports:
         click.echo()
-        lines = [
-            [
-                report.name,
-                "yes" if report.frozen else "no",
-                report.consistency.value,
-                f"{report.held_ms:.0f} ms",
-                " ".join(report.detail.split()),
-            ]
-            for report in mark.reports
-        ]
-        table(["quiescer", "held", "consistency", "for", "detail"], lines, "")
+        header = ["held", "by", "consistency", "for", "frozen in", "what"]
+        table(header, [row for report in mark.reports for row in _held_rows(report)], "")
+        for report in mark.reports:
+            _details(report)
+
+
+def _held_rows(report: QuiesceReport) -> list[list[str]]:
+    """A row for the VM or the entry, and one for each of its parts where it has several."""
+    first = [
+        report.name + ("" if report.frozen else " NOT HELD"),
+        report.kind,
+        report.consistency.value,
+        f"{report.held_ms:.0f} ms",
+        f"{report.freeze_ms:.0f} ms",
+        "image of " + show_time(report.image_at) if report.image_at else "",
+    ]
+    if not report.vm and len(report.parts) < 2:
+        first[-1] = ", ".join(what for part in report.parts for what in part.what)
+        return [first]
+    return [first, *(_part_row(part) for part in report.parts)]
+
+
+def _part_row(part: HeldPart) -> list[str]:
+    outcome = "held" if part.unbroken else "BROKE"
+    return [
+        f"  {part.name}",
+        part.kind,
+        outcome if part.ok else "FAILED",
+        f"{part.held_ms:.0f} ms" if part.held_ms else "",
+        f"{part.freeze_ms:.0f} ms",
+        ", ".join(part.what),
+    ]
+
+
+def _details(report: QuiesceReport) -> None:
+    """What was said, each line under the name of who said it."""
+    said = [(part.name, part.detail) for part in report.parts if part.detail]
+    for name, text in said or [(report.name, report.detail)]:
+        if text:
+            click.echo()
+            click.echo(f"{name}:")
+            for line in text.splitlines():
+                click.echo(f"  {line}")

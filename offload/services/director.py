@@ -234,7 +234,10 @@ class _Director:
         try:
             held.arm()
             step("timemark.armed")
-            held.hold()
+            if not self._fatal(plans, held):
+                held.hold()
+            if not self._fatal(plans, held):
+                held.freeze()
             step("timemark.frozen")
             if not self._fatal(plans, held):
                 for provider, plan in plans:

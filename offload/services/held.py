@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from offload.errors import CleanupError, OffloadError, UnavailableError
@@ -27,7 +27,7 @@ class Held:
     freeze_ms: float = 0.0
     held_ms: float = 0.0
     error: OffloadError | None = None  # of hold or freeze
-    thaw_error: OffloadError | None = field(default=None)
+    thaw_error: OffloadError | None = None
 
     @property
     def good(self) -> bool:
@@ -78,7 +78,6 @@ class Holding:
         self._deadline_s = deadline_s
         self._progress = progress
         self._until = 0.0
-        self._began = 0.0
 
     def check(self) -> None:
         """What must never be frozen, or is not configured, is raised; what does not answer now is
@@ -93,10 +92,12 @@ class Holding:
         self._each(self._arm)
 
     def hold(self) -> None:
-        """The deadline runs from here. Applications first, those of all VMs, then file systems."""
-        self._began = time.monotonic()
-        self._until = self._began + self._deadline_s
+        """The applications. The deadline runs from here."""
+        self._until = time.monotonic() + self._deadline_s
         self._each(self._hold)
+
+    def freeze(self) -> None:
+        """The file systems."""
         self._each(self._freeze)
 
     def check_unbroken(self) -> None:
