@@ -28,6 +28,7 @@ class MountPoint:
     kind: str  # ext4, xfs, tmpfs …
     source: str
     read_only: bool  # the file system itself, not just this mount of it
+    options: tuple[str, ...] = ()  # of the file system: for NFS its server's address, addr=…
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,7 @@ def _parse(text: str) -> list[MountPoint]:
                 kind=kind,
                 source=_unescape(source),
                 read_only="ro" in options.split(","),
+                options=tuple(options.split(",")),
             )
         )
     return found
