@@ -11,6 +11,8 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 
+from offload.errors import UnavailableError
+
 Attribute = tuple[int, bytes | Sequence["Attribute"]]
 
 _NETLINK_GENERIC = 16
@@ -46,10 +48,18 @@ class Family:
     """An open socket to one family. Close it."""
 
     def __init__(self, name: str, version: int = 1) -> None:
-        """Look the family up. Raises FileNotFoundError where the kernel has none of this name."""
+        """Look the family up. Raises FileNotFoundError where the kernel has none of this name, and
+        UnavailableError where this process may have no netlink socket at all."""
         self._version = version
         self._sequence = 0
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_GENERIC)
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_GENERIC)
+        except OSError as error:  # a unit's RestrictAddressFamilies, say
+            raise UnavailableError(
+                f"the kernel cannot be spoken to over netlink: {error.strerror}",
+                code="no-netlink",
+                hint="in a unit: RestrictAddressFamilies= must name AF_NETLINK",
+            ) from error
         try:
             self._socket.bind((0, 0))
             answer = self._ask(_CTRL, _CTRL_GETFAMILY, [(_CTRL_ATTR_FAMILY_NAME, text(name))])

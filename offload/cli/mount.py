@@ -35,7 +35,7 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
     "origins", nargs=-1, required=True, metavar="ORIGIN...", shell_complete=complete.origins
 )
 @click.option("--name", help="The view's name; for one volume only.")
-@click.option("--target", default="nbd", show_default=True, help="What serves it.")
+@click.option("--target", default="nbd", show_default=True, help="What serves it: nbd, lio or tgt.")
 @click.option(
     "--writable", is_flag=True, help="What is written is kept in an overlay until unmount."
 )
