@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+JOBS ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help system install check test lab bench demo lock clean
@@ -29,7 +30,7 @@ test: install ## all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lab: install ## a shell in the lab guest, where the kernel's own parts run
 	@$(PY) -m offload.testing.lab
