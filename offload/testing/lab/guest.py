@@ -62,14 +62,17 @@ class Guest:
         cpus: int = 2,
         visible: Sequence[Path] = (),
         systemd: bool = False,
+        ports: Mapping[str, Path] | None = None,
     ) -> None:
         """Boot, and wait until commands can run. `folder` takes the logs.
 
         With `systemd` that is process 1, with udev, and no more of a host's services than units
         need (commands run beside it, in no unit's sandbox); it takes half a minute longer.
         The guest's /run and /tmp are its own; folders of the host in there that it is to see are
-        `visible` (the package and the Python environment always are). GuestError if it does not
-        come up, with the end of the console; UnavailableError naming the package that is missing.
+        `visible` (the package and the Python environment always are). `ports` are virtio-serial
+        ports by name: sockets of the host on which QEMU listens, also after a reboot. GuestError
+        if it does not come up, with the end of the console; UnavailableError naming the package
+        that is missing.
         """
         kernel = initramfs.find_kernel()
         self.log = folder / "console.log"
@@ -78,6 +81,7 @@ class Guest:
             initramfs=folder / "initramfs",
             memory_mib=memory_mib,
             cpus=cpus,
+            ports=dict(ports or {}),
         )
         initramfs.build(
             self._hardware.initramfs,

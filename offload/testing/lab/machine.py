@@ -6,8 +6,8 @@ import os
 import socket as sockets
 import subprocess
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload import run
@@ -20,12 +20,14 @@ NETWORK = "n0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """What the guest is made of."""
+    """What the guest is made of. `ports`: virtio-serial ports by name, each a socket of the host
+    on which QEMU listens."""
 
     kernel: Path
     initramfs: Path
     memory_mib: int = 1536
     cpus: int = 2
+    ports: Mapping[str, Path] = field(default_factory=dict)
 
 
 def qemu_argv(hardware: Hardware) -> list[str]:
@@ -75,6 +77,7 @@ class Machine:
             "-chardev", f"socket,id=wire,fd={wire.fileno()}",
             "-device", "virtio-serial-pci",
             "-device", f"virtserialport,chardev=wire,name={frames.PORT}",
+            *_ports(hardware.ports),
             "-chardev", f"file,id=console,path={_escaped(self.console)},append=on",
             "-serial", "chardev:console",
         ]  # fmt: skip
@@ -132,6 +135,14 @@ class Machine:
         self._process.wait()
         self.monitor.close()
         self.wire.close()
+
+
+def _ports(ports: Mapping[str, Path]) -> list[str]:
+    argv = []
+    for number, (name, socket) in enumerate(ports.items()):
+        listen = f"socket,id=port{number},path={_escaped(socket)},server=on,wait=off"
+        argv += ["-chardev", listen, "-device", f"virtserialport,chardev=port{number},name={name}"]
+    return argv
 
 
 def _escaped(path: Path) -> str:
