@@ -59,7 +59,7 @@ class Guest:
         folder: Path,
         *,
         memory_mib: int = 1536,
-        cpus: int = 2,
+        cpus: int = 1,
         visible: Sequence[Path] = (),
         systemd: bool = False,
         ports: Mapping[str, Path] | None = None,
