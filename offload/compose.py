@@ -51,7 +51,9 @@ TARGETS = {
     "lio": "targets.lio:LioTarget",
 }
 # called with the VM's name, the entry of the configuration and the instance; so are APPLICATIONS
-FREEZERS: dict[str, str] = {}
+FREEZERS: dict[str, str] = {
+    "libvirt": "offload.quiescers.libvirt:LibvirtPart",
+}
 APPLICATIONS: dict[str, str] = {}
 STORES = {"disk": "offload.stores.disk:DiskStore"}
 

@@ -364,14 +364,18 @@ class Server:
 
 
 def main(order: str) -> int:
-    """Run with an order: JSON of `mounts`, `qmp` and `marker`."""
+    """Run with an order: JSON of `mounts`, `qmp`, `libvirt` and `marker`."""
     given = json.loads(order)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     try:
         holds: list[Hold] = [MountHold(path) for path in given["mounts"]]
         holds += [QmpHold(socket) for socket in given["qmp"]]
-    except OSError as error:
+        if given["libvirt"]:
+            from offload.quiescers.holds_libvirt import LibvirtHold
+
+            holds += [LibvirtHold(**entry) for entry in given["libvirt"]]
+    except (OffloadError, OSError) as error:
         sys.stdout.write(json.dumps({"ok": False, "error": str(error)}) + "\n")
         return 1
     guard = Guard(holds, Path(given["marker"]), wake_write)

@@ -21,6 +21,7 @@ from offload.ids import new_id
 from offload.instance import Instance
 from offload.qmp import Qmp, QmpGoneError
 from offload.quiescers.guardian import thaw_fd
+from offload.quiescers.holds_libvirt import undo_libvirt_hold
 
 _START_S = 10.0
 _SLACK_S = 5.0  # the guardian answers at its deadline; so much later it is taken for hung
@@ -33,10 +34,11 @@ _CODE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What is to be held: mount points by path, QEMUs by QMP socket."""
+    """What is to be held: mount points by path, QEMUs by QMP socket, guests by libvirt domain."""
 
     mounts: tuple[Path, ...] = ()
     qmp: tuple[Path, ...] = ()
+    libvirt: tuple[Mapping[str, Any], ...] = ()  # arguments of LibvirtHold
 
 
 class Holder:
@@ -59,6 +61,7 @@ class Holder:
             "boot": procs.boot_id(),
             "mounts": json.dumps({str(m): device_of(m) for m in self._targets.mounts}),
             "qmp": json.dumps([str(s) for s in self._targets.qmp]),
+            "libvirt": json.dumps(self._targets.libvirt),
         }
 
     def arm(self, deadline_s: float) -> None:
@@ -68,6 +71,7 @@ class Holder:
         order = {
             "mounts": [str(m) for m in self._targets.mounts],
             "qmp": [str(s) for s in self._targets.qmp],
+            "libvirt": self._targets.libvirt,
             "marker": str(self.marker),
         }
         root = str(Path(offload.__file__).parent.parent)
@@ -210,8 +214,10 @@ def undo_hold(args: Mapping[str, str]) -> None:
     froze it again before this ran. Raises CleanupError.
     """
     marker = Path(args["marker"])
+    for guest in json.loads(args.get("libvirt", "[]")):
+        undo_libvirt_hold(guest, marker, same_boot=args["boot"] == procs.boot_id())
     if args["boot"] != procs.boot_id():
-        marker.unlink(missing_ok=True)  # no freeze outlives the kernel that did it
+        marker.unlink(missing_ok=True)  # no freeze here outlives the kernel that did it
         return
     try:
         named: Sequence[str] = json.loads(marker.read_text())

@@ -17,7 +17,7 @@ import re
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,6 +73,11 @@ def agent_facts(
         boot_id=boot_id,
         host_name=host_name,
     )
+
+
+def with_macs(facts: Facts, macs: Iterable[str]) -> Facts:
+    """And these network cards, which the hypervisor knows of."""
+    return replace(facts, macs=facts.macs | {_mac(mac) for mac in macs} - {"", _NO_MAC})
 
 
 def check(

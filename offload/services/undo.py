@@ -21,6 +21,7 @@ ACTIONS = {
     "delete-unused": "offload.services.timemark:undo_unused",  # ids (JSON)
     "thaw-local": "offload.quiescers.local:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
+    "thaw-libvirt": "offload.quiescers.libvirt:undo_thaw",  # marker, boot, libvirt (JSON)
     "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
