@@ -49,6 +49,7 @@ POSTGRES_SETTINGS = {
 }
 MARIADB_SETTINGS = {
     "innodb-buffer-pool-size": "48M",
+    "innodb-log-file-size": "16M",
     "innodb-flush-log-at-trx-commit": "1",
     "log-bin": "binlog",
     "sync-binlog": "1",
