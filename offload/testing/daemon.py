@@ -7,6 +7,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,14 @@ def give(path: Path, user: str) -> None:
     """Let `user` own a file or folder, where we are root."""
     if os.geteuid() == 0:
         shutil.chown(path, user, pwd.getpwnam(user).pw_gid)
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that servers under other users reach, short enough for unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="offload-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 @contextmanager
