@@ -52,6 +52,7 @@ TARGETS = {
 }
 # called with the VM's name, the entry of the configuration and the instance; so are APPLICATIONS
 FREEZERS: dict[str, str] = {
+    "qemu-ga": "offload.quiescers.guest_agent:GuestAgentPart",
     "libvirt": "offload.quiescers.libvirt:LibvirtPart",
 }
 APPLICATIONS: dict[str, str] = {}

@@ -13,7 +13,7 @@ thaw. Whatever holds writers has a dead-man timer that needs nothing of this pro
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from offload.model import Consistency, HeldPart
 
@@ -84,6 +84,16 @@ class Part(Protocol):
     @property
     def output(self) -> str:
         """What hooks printed and what was noticed, for the report."""
+        ...
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """Of a Part that may know only after `close` what was reached: hooks in a guest tell then."""
+
+    @property
+    def reached(self) -> Consistency:
+        """What `freeze` returned, or what has become known since."""
         ...
 
 

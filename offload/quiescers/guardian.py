@@ -7,9 +7,11 @@ whatever it froze goes on when it is told to, when its standard input closes (it
 
 | command | answer |
 | --- | --- |
-| freeze, `within_s` | `ok`, `ms` (target → milliseconds), or not `ok`, `error`: all or none |
+| freeze, `within_s` | `ok`, `ms` (target → milliseconds), `said` (target → words for the report); or
+not `ok`, `error`: all or none |
 | status | `held` (all were held without a break until now), `why` |
-| thaw | `ok`, `held` (as above), `why`, `held_ms`; or not `ok`, `error` |
+| thaw | `ok`, `held` (as above), `why`, `broken` (what was not held all the time, so far as it was
+asked), `held_ms`, `said`; or not `ok`, `error` |
 | quit | none: thaws and ends |
 
 `marker` is a small file, outside of everything that is frozen, that names what this process may
@@ -33,7 +35,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from offload.errors import OffloadError
 from offload.qmp import Qmp, QmpBusyError, QmpGoneError, write_counts
@@ -61,6 +63,25 @@ class Hold(Protocol):
     def thaw(self) -> bool:
         """Let go; False if somebody else had let go before."""
         ...
+
+
+@runtime_checkable
+class RemoteHold(Hold, Protocol):
+    """A hold by something that may answer late, or not at all."""
+
+    seen: str  # why it is not intact
+    stuck: bool  # the last thaw was not confirmed
+
+    def linger(self) -> bool:
+        """Try on, where it is stuck; whether it came to an end."""
+        ...
+
+
+@runtime_checkable
+class SpeakingHold(Hold, Protocol):
+    """A hold that has something for the report."""
+
+    said: str
 
 
 class MountHold:
@@ -199,7 +220,7 @@ class Guard:
                 self.errors.append(failure)
             elif not late:
                 self._frozen.append(hold)
-            if failure or not hold.ours:
+            if (failure and not _is_stuck(hold)) or not hold.ours:
                 self._mark(self._named - {hold.name})
         if late:
             self._thaw(hold)
@@ -222,6 +243,11 @@ class Guard:
         """What was not held without a break, and why; empty if all was."""
         return "; ".join(self._broken.values())
 
+    @property
+    def said(self) -> dict[str, str]:
+        """What holds have for the report."""
+        return {h.name: h.said for h in self._holds if isinstance(h, SpeakingHold)}
+
     def check(self) -> None:
         """Ask each whether it was held without a break; `broken` tells which was not."""
         for hold in list(self._frozen):
@@ -232,7 +258,8 @@ class Guard:
                 self._broken[hold.name] = f"{hold.name}: {error}"
 
     def _let_go_by_others(self, hold: Hold) -> None:
-        self._broken[hold.name] = f"{hold.name} was let go by somebody else"
+        seen = f": {hold.seen}" if isinstance(hold, RemoteHold) else " was let go by somebody else"
+        self._broken[hold.name] = f"{hold.name}{seen}"
 
     def release(self) -> None:
         """Let go of everything, now or (a freeze under way in the kernel) when it is held.
@@ -253,10 +280,13 @@ class Guard:
             self.errors.append(f"{hold.name} could not be let go: {error}")
 
     def finish(self) -> None:
-        """`release`, and wait for what is late."""
+        """`release`, and wait for what is late, and for what does not answer."""
         self.release()
         for thread in self._threads:
             thread.join()
+        for hold in self._holds:
+            if isinstance(hold, RemoteHold) and hold.stuck and hold.linger():
+                self._mark(self._named - {hold.name})
 
     def _mark(self, names: set[str]) -> None:
         self._named = names
@@ -266,6 +296,10 @@ class Guard:
         fresh = self._marker.with_suffix(".new")
         fresh.write_text(json.dumps(sorted(names)))
         fresh.replace(self._marker)
+
+
+def _is_stuck(hold: Hold) -> bool:
+    return isinstance(hold, RemoteHold) and hold.stuck
 
 
 class Server:
@@ -335,7 +369,7 @@ class Server:
             self._answer({"ok": False, "error": f"not frozen in time: {self._why}"})
         else:
             self._why = ""
-            self._answer({"ok": True, "ms": self._guard.ms})
+            self._answer({"ok": True, "ms": self._guard.ms, "said": self._guard.said})
 
     def _status(self) -> dict[str, Any]:
         if self._guard.held:
@@ -354,7 +388,10 @@ class Server:
             self._answer({"ok": False, "error": "; ".join(self._guard.errors)})
         else:
             held = was_held and not broken
-            self._answer({"ok": True, "held": held, "why": why, "held_ms": held_ms})
+            self._answer(
+                {"ok": True, "held": held, "why": why, "broken": broken, "held_ms": held_ms}
+                | {"said": self._guard.said}
+            )
 
     def _answer(self, message: dict[str, Any]) -> None:
         try:
@@ -364,17 +401,32 @@ class Server:
 
 
 def main(order: str) -> int:
-    """Run with an order: JSON of `mounts`, `qmp`, `libvirt` and `marker`."""
+    """Run with an order: JSON of `marker`, `within_s` and what is to be held, by kind."""
     given = json.loads(order)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     try:
         holds: list[Hold] = [MountHold(path) for path in given["mounts"]]
         holds += [QmpHold(socket) for socket in given["qmp"]]
+        if given["agents"]:
+            from offload.quiescers.holds_agent import AgentHold
+
+            holds += [AgentHold(**entry) for entry in given["agents"]]
         if given["libvirt"]:
             from offload.quiescers.holds_libvirt import LibvirtHold
 
             holds += [LibvirtHold(**entry) for entry in given["libvirt"]]
+        if given["sqlite"]:
+            from offload.quiescers.holds_sqlite import SqliteHold
+
+            holds += [SqliteHold(**entry) for entry in given["sqlite"]]
+        if given["programs"]:
+            from offload.quiescers.holds_program import Program, ProgramHold
+
+            holds += [
+                ProgramHold(Program.from_order(entry), within_s=given["within_s"])
+                for entry in given["programs"]
+            ]
     except (OffloadError, OSError) as error:
         sys.stdout.write(json.dumps({"ok": False, "error": str(error)}) + "\n")
         return 1

@@ -21,7 +21,9 @@ from offload.ids import new_id
 from offload.instance import Instance
 from offload.qmp import Qmp, QmpGoneError
 from offload.quiescers.guardian import thaw_fd
+from offload.quiescers.holds_agent import undo_agent_hold
 from offload.quiescers.holds_libvirt import undo_libvirt_hold
+from offload.quiescers.holds_program import undo_program
 
 _START_S = 10.0
 _SLACK_S = 5.0  # the guardian answers at its deadline; so much later it is taken for hung
@@ -34,24 +36,30 @@ _CODE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What is to be held: mount points by path, QEMUs by QMP socket, guests by libvirt domain."""
+    """What is to be held: mount points by path, QEMUs by QMP socket, guests by the socket of their
+    agent or by libvirt domain."""
 
     mounts: tuple[Path, ...] = ()
     qmp: tuple[Path, ...] = ()
+    agents: tuple[Mapping[str, Any], ...] = ()  # `socket`, `mounts`, `least` of AgentHold; `qemu`
     libvirt: tuple[Mapping[str, Any], ...] = ()  # arguments of LibvirtHold
+    sqlite: tuple[Mapping[str, Any], ...] = ()  # arguments of SqliteHold
+    programs: tuple[Mapping[str, Any], ...] = ()  # orders of Program
 
 
 class Holder:
     """Holds `targets` through a guardian process. Life: `arm` → `freeze` → `thaw` → `close`."""
 
-    def __init__(self, instance: Instance, targets: Targets) -> None:
+    def __init__(self, instance: Instance, targets: Targets, slack_s: float = _SLACK_S) -> None:
         self._targets = targets
+        self._slack_s = slack_s
         self.marker = instance.runtime_dir / "holds" / f"{new_id()}.json"
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
         self._deadline_s = 0.0
         self._frozen = False
         self.frozen_ms: Mapping[str, float] = {}
+        self.said: Mapping[str, str] = {}  # what holds have for the report
         self.broken = ""  # why the hold did not last from freeze to thaw
 
     def undo_args(self) -> dict[str, str]:
@@ -61,7 +69,9 @@ class Holder:
             "boot": procs.boot_id(),
             "mounts": json.dumps({str(m): device_of(m) for m in self._targets.mounts}),
             "qmp": json.dumps([str(s) for s in self._targets.qmp]),
+            "agents": json.dumps(self._targets.agents),
             "libvirt": json.dumps(self._targets.libvirt),
+            "programs": json.dumps(self._targets.programs),
         }
 
     def arm(self, deadline_s: float) -> None:
@@ -71,7 +81,11 @@ class Holder:
         order = {
             "mounts": [str(m) for m in self._targets.mounts],
             "qmp": [str(s) for s in self._targets.qmp],
+            "agents": [_agent_order(entry, deadline_s) for entry in self._targets.agents],
             "libvirt": self._targets.libvirt,
+            "sqlite": self._targets.sqlite,
+            "programs": self._targets.programs,
+            "within_s": deadline_s,
             "marker": str(self.marker),
         }
         root = str(Path(offload.__file__).parent.parent)
@@ -93,18 +107,19 @@ class Holder:
         then nothing is held.
         """
         within_s = max(0.0, until - time.monotonic())
-        answer = self._ask("freeze", within_s + _SLACK_S, within_s=within_s)
+        answer = self._ask("freeze", within_s + self._slack_s, within_s=within_s)
         if not answer["ok"]:
             raise UnavailableError(f"cannot freeze: {answer['error']}", code="freeze-failed")
         self._frozen = True
         self.frozen_ms = answer["ms"]
+        self.said = answer["said"]
 
     def still_frozen(self) -> bool:
         """Whether all was held without a break until now; `broken` says why not."""
         if not self._frozen:
             return False
         try:
-            answer = self._ask("status", _SLACK_S)
+            answer = self._ask("status", self._slack_s)
         except UnavailableError as error:
             self.broken = error.message
             self._stand_in()
@@ -117,17 +132,23 @@ class Holder:
         if not self._frozen:
             return
         try:
-            answer = self._ask("thaw", self._deadline_s + _SLACK_S)
+            answer = self._ask("thaw", self._deadline_s + self._slack_s)
         except UnavailableError as error:
             self.broken = error.message
             self._stand_in()
             return
         self._frozen = False
-        self.broken = answer.get("why", "")
+        self.broken = answer["broken"] if answer["ok"] else answer["error"]
+        self.said = answer.get("said", self.said)
         if not answer["ok"]:
             raise UnavailableError(
                 f"cannot thaw: {answer['error']}", code="thaw-failed", hint="run: offload recover"
             )
+
+    @property
+    def pid(self) -> int | None:
+        """Of the guardian, while it is ours."""
+        return self._process.pid if self._process is not None else None
 
     def close(self) -> None:
         """End the guardian, which thaws what is frozen still.
@@ -197,6 +218,10 @@ def _gone() -> UnavailableError:
     return UnavailableError("the guardian of the freeze died", code="guardian")
 
 
+def _agent_order(entry: Mapping[str, Any], within_s: float) -> dict[str, Any]:
+    return {k: entry[k] for k in ("socket", "mounts", "least")} | {"within_s": within_s}
+
+
 def device_of(mount: Path) -> str:
     """The device number (`st_dev`) under a path as text, empty if there is nothing."""
     try:
@@ -216,6 +241,8 @@ def undo_hold(args: Mapping[str, str]) -> None:
     marker = Path(args["marker"])
     for guest in json.loads(args.get("libvirt", "[]")):
         undo_libvirt_hold(guest, marker, same_boot=args["boot"] == procs.boot_id())
+    for program in json.loads(args.get("programs", "[]")):
+        undo_program(program, marker, same_boot=args["boot"] == procs.boot_id())
     if args["boot"] != procs.boot_id():
         marker.unlink(missing_ok=True)  # no freeze here outlives the kernel that did it
         return
@@ -230,6 +257,8 @@ def undo_hold(args: Mapping[str, str]) -> None:
     for socket in json.loads(args["qmp"]):
         if socket in named:
             _continue(Path(socket))
+    for guest in json.loads(args.get("agents", "[]")):
+        undo_agent_hold(guest, named)
     marker.unlink(missing_ok=True)
 
 

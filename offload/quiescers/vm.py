@@ -11,7 +11,7 @@ from functools import partial
 
 from offload.errors import OffloadError, UnavailableError
 from offload.model import Consistency, HeldPart
-from offload.quiesce import Part
+from offload.quiesce import Learns, Part
 
 
 @dataclass(slots=True)
@@ -49,6 +49,13 @@ class Holding:
             self.part.thaw()
         finally:
             self.held_ms = (time.monotonic() - self.since) * 1000
+
+    @property
+    def level(self) -> Consistency | None:
+        """What it reached, by all that is known."""
+        if self.reached is not None and isinstance(self.part, Learns):
+            return self.part.reached
+        return self.reached
 
     @property
     def good(self) -> bool:
@@ -147,9 +154,11 @@ class VmQuiescer:
         whole = len(levels) == len(self._applications)
         if self._freezer is None:
             return min(levels, key=lambda c: c.rank) if whole else Consistency.CRASH
-        base = self._freezer.reached
+        base = self._freezer.level
         if base is None or not self._freezer.good:
             return Consistency.CRASH
+        if base is Consistency.APPLICATION and not whole:
+            return Consistency.FILESYSTEM  # what its writers in the guest held is not all of it
         if base is Consistency.FILESYSTEM and self._applications and whole:
             return min(levels, key=lambda c: c.rank)
         return base

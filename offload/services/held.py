@@ -108,8 +108,11 @@ class Holding:
         """Let go of all that is held; never raises. Returns for how many milliseconds writers were
         held, from the first to the last."""
         self._each(self._thaw)
-        starts = [entry.since for entry in self.entries if entry.since]
-        return (time.monotonic() - min(starts)) * 1000 if starts else 0.0
+        held = [entry for entry in self.entries if entry.since]
+        if not held:
+            return 0.0
+        ends = [entry.since * 1000 + max(entry.held_ms, entry.freeze_ms) for entry in held]
+        return max(ends) - min(entry.since for entry in held) * 1000
 
     def raise_stuck(self) -> None:
         """CleanupError (`thaw-failed`) where a thaw could not be confirmed."""

@@ -22,6 +22,7 @@ ACTIONS = {
     "thaw-local": "offload.quiescers.local:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "thaw-libvirt": "offload.quiescers.libvirt:undo_thaw",  # marker, boot, libvirt (JSON)
+    "thaw-agent": "offload.quiescers.guest_agent:undo_thaw",  # marker, boot, agents (JSON)
     "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
