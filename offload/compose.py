@@ -55,7 +55,13 @@ FREEZERS: dict[str, str] = {
     "qemu-ga": "offload.quiescers.guest_agent:GuestAgentPart",
     "libvirt": "offload.quiescers.libvirt:LibvirtPart",
 }
-APPLICATIONS: dict[str, str] = {}
+APPLICATIONS: dict[str, str] = {
+    "postgresql": "offload.quiescers.postgresql:PostgresqlPart",
+    "mysql": "offload.quiescers.mysql:MysqlPart",
+    "sqlite": "offload.quiescers.sqlite:SqlitePart",
+    "script": "offload.quiescers.script:ScriptPart",
+    "ssh": "offload.quiescers.ssh:SshPart",
+}
 STORES = {"disk": "offload.stores.disk:DiskStore"}
 
 

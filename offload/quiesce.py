@@ -88,6 +88,13 @@ class Part(Protocol):
 
 
 @runtime_checkable
+class Flushes(Protocol):
+    """Of a Part that keeps nobody waiting: what `freeze` did is all of it (a CHECKPOINT)."""
+
+    holds_nothing: bool
+
+
+@runtime_checkable
 class Learns(Protocol):
     """Of a Part that may know only after `close` what was reached: hooks in a guest tell then."""
 

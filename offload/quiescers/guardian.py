@@ -7,8 +7,8 @@ whatever it froze goes on when it is told to, when its standard input closes (it
 
 | command | answer |
 | --- | --- |
-| freeze, `within_s` | `ok`, `ms` (target → milliseconds), `said` (target → words for the report); or
-not `ok`, `error`: all or none |
+| freeze, `within_s` | `ok`, `ms` (target → milliseconds), `said` (target → words); or not `ok`,
+`error`: all or none |
 | status | `held` (all were held without a break until now), `why` |
 | thaw | `ok`, `held` (as above), `why`, `broken` (what was not held all the time, so far as it was
 asked), `held_ms`, `said`; or not `ok`, `error` |

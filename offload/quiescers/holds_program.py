@@ -19,6 +19,7 @@ from offload import run
 from offload.errors import CleanupError, UnavailableError
 
 DONE, BROKEN, NOTHING = 0, 2, 3  # exit codes
+NOTHING_HELD = "nothing to hold here"
 _LINGER_S = 600.0
 _RETRY_S = 1.0
 _OUTPUT_TAIL = 2000
@@ -144,7 +145,7 @@ class ProgramHold:
             self._hear(done)
             if done.status == NOTHING:
                 self._due = self.ours = False
-                self.said = "\n".join(filter(None, [self.said, "nothing to hold here"]))
+                self.said = "\n".join(filter(None, [self.said, NOTHING_HELD]))
             elif done.status != DONE:
                 raise self.program.failure("freeze", done)
         except UnavailableError:

@@ -6,21 +6,26 @@ else in the same process closed the file (sqlite.org/howtocorrupt.html, 2.2).
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 from offload.errors import UnavailableError
 
+_OPEN_S = 5.0  # the parent waits 10 s
+_READERS_S = 0.2  # a checkpoint that waits for readers lets no writer go on
 _AGAIN = 3  # times that a writer may slip in between checkpoint and lock
+# SQLite's own busy handler looks ten times a second: a writer that commits without a pause is seen
+# idle by it one time in a hundred.
+_LOOK_S = 0.0003
 
 
 class SqliteHold:
     """`path` names the database itself, no symlink; `timeout_s` is for the lock."""
 
     def __init__(self, *, path: str, timeout_s: float) -> None:
-        """Opens it, and checkpoints what can be without waiting for anybody."""
+        """Opens it, and checkpoints what nobody is reading."""
         self.name = path
         self.ours = True
         self.said = ""
@@ -34,9 +39,9 @@ class SqliteHold:
                 isolation_level=None,
                 check_same_thread=False,  # the guardian freezes in a thread
             )
-            ((self._journal,),) = self._connection.execute("PRAGMA journal_mode").fetchall()
-            with contextlib.suppress(sqlite3.OperationalError):  # busy: the next one will do
-                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            until = time.monotonic() + min(timeout_s, _OPEN_S)
+            ((self._journal,),) = self._execute("PRAGMA journal_mode", until)
+            self._execute("PRAGMA wal_checkpoint(PASSIVE)", until)
         except sqlite3.Error as error:
             raise UnavailableError(f"{path}: {error}", code="freeze-failed") from error
 
@@ -45,28 +50,39 @@ class SqliteHold:
         until = time.monotonic() + self._timeout_s
         try:
             for _ in range(_AGAIN):
-                self._checkpoint(until)
-                self._patience(until)
+                emptied = self._checkpoint(until)
                 # RESERVED, or the WAL's write lock: no commit is under way, and none can begin
-                self._connection.execute("BEGIN IMMEDIATE")
-                if self._wal_bytes() == 0 or time.monotonic() >= until:
+                self._execute("BEGIN IMMEDIATE", until)
+                if not emptied or self._wal_bytes() == 0:
                     break
                 self._connection.execute("ROLLBACK")
             else:
-                self._connection.execute("BEGIN IMMEDIATE")
+                self._execute("BEGIN IMMEDIATE", until)
         except sqlite3.Error as error:
             self.thaw()
             raise self._translated(error) from error
         self.said = self._described()
 
-    def _checkpoint(self, until: float) -> None:
-        if self._journal == "wal":
-            self._patience(until, share=0.5)  # a reader that stays must not cost us the lock
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    def _checkpoint(self, until: float) -> bool:
+        """Whether there was a WAL, and it was emptied."""
+        if self._journal != "wal":
+            return False
+        until = min(until, time.monotonic() + _READERS_S)
+        while True:
+            ((busy, _, _),) = self._execute("PRAGMA wal_checkpoint(TRUNCATE)", until)
+            if not busy or time.monotonic() >= until:
+                return not busy
+            time.sleep(_LOOK_S)
 
-    def _patience(self, until: float, share: float = 1.0) -> None:
-        left_ms = max(1, round((until - time.monotonic()) * 1000 * share))
-        self._connection.execute(f"PRAGMA busy_timeout = {left_ms}")
+    def _execute(self, statement: str, until: float) -> list[tuple[Any, ...]]:
+        """Tried until nobody else holds a lock on it, or it is late."""
+        while True:
+            try:
+                return self._connection.execute(statement).fetchall()
+            except sqlite3.OperationalError as error:
+                if not _busy(error) or time.monotonic() >= until:
+                    raise
+            time.sleep(_LOOK_S)
 
     def _wal_bytes(self) -> int:
         try:
@@ -75,11 +91,7 @@ class SqliteHold:
             return 0
 
     def _translated(self, error: sqlite3.Error) -> UnavailableError:
-        busy = getattr(error, "sqlite_errorcode", 0) & 0xFF in {
-            sqlite3.SQLITE_BUSY,
-            sqlite3.SQLITE_LOCKED,
-        }
-        if busy:
+        if _busy(error):
             return UnavailableError(
                 f"{self.name}: a writer did not let go of it in {self._timeout_s:g} s",
                 code="freeze-late",
@@ -110,3 +122,8 @@ class SqliteHold:
         except sqlite3.Error:  # the lock goes with the process, at the latest
             return False
         return held
+
+
+def _busy(error: sqlite3.Error) -> bool:
+    primary = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest is the extended code
+    return primary in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}

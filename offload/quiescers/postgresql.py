@@ -67,7 +67,7 @@ class PostgresqlPart:
 
     kind = "postgresql"
     image_at = None
-    holds = False
+    holds_nothing = True
     unbroken = True  # nothing is held that could break
 
     def __init__(self, vm: str, entry: PostgresqlApplication, instance: Instance) -> None:  # noqa: ARG002

@@ -11,7 +11,7 @@ from functools import partial
 
 from offload.errors import OffloadError, UnavailableError
 from offload.model import Consistency, HeldPart
-from offload.quiesce import Learns, Part
+from offload.quiesce import Flushes, Learns, Part
 
 
 @dataclass(slots=True)
@@ -48,7 +48,8 @@ class Holding:
         try:
             self.part.thaw()
         finally:
-            self.held_ms = (time.monotonic() - self.since) * 1000
+            if not isinstance(self.part, Flushes):
+                self.held_ms = (time.monotonic() - self.since) * 1000
 
     @property
     def level(self) -> Consistency | None:

@@ -23,6 +23,9 @@ ACTIONS = {
     "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "thaw-libvirt": "offload.quiescers.libvirt:undo_thaw",  # marker, boot, libvirt (JSON)
     "thaw-agent": "offload.quiescers.guest_agent:undo_thaw",  # marker, boot, agents (JSON)
+    "thaw-script": "offload.quiescers.script:undo_thaw",  # marker, boot, programs (JSON)
+    "thaw-ssh": "offload.quiescers.ssh:undo_thaw",  # marker, boot, programs (JSON)
+    "thaw-sqlite": "offload.quiescers.sqlite:undo_thaw",  # marker, boot
     "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
