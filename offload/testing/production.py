@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +59,22 @@ MARIADB_SETTINGS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProductionVm:
-    """A running one, with its servers. `folder` has a password file for each server, of
-    `BACKUP_USER`."""
+class PlainVm:
+    """A running VM with the guest agent and `production_writer.py`."""
 
     guest: Guest
     folder: Path
     disks: dict[str, Path]  # volume → raw image
     agent: Path  # the socket of the guest agent's port
+    writer_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductionVm(PlainVm):
+    """With databases. `folder` has a password file for each server, of `BACKUP_USER`."""
+
     postgres: Login
     mariadb: Login
-    writer_port: int
 
     def password_file(self, server: str) -> Path:
         """Of `BACKUP_USER` with `postgres` or `mariadb`."""
@@ -98,32 +103,53 @@ def production_vm(
         path = folder / f"{server}.password"
         path.write_text(passwords[BACKUP_USER] + "\n")
         path.chmod(0o600)
+    with plain_vm(
+        folder, pool, memory_mib=memory_mib, disk_bytes=disk_bytes, visible=[templates]
+    ) as plain:
+        servers = _start_databases(plain.guest, templates)
+        vm = ProductionVm(
+            guest=plain.guest,
+            folder=folder,
+            disks=plain.disks,
+            agent=plain.agent,
+            writer_port=plain.writer_port,
+            postgres=_login(plain.guest.forward(_POSTGRES_PORT), passwords),
+            mariadb=_login(plain.guest.forward(_MARIADB_PORT), passwords),
+        )
+        _wait(servers, "postgres", lambda: connect_postgres(vm.postgres).close())
+        _wait(servers, "mariadb", lambda: connect_mariadb(vm.mariadb).close())
+        yield vm
+
+
+@contextmanager
+def plain_vm(
+    folder: Path,
+    pool: Path,
+    *,
+    memory_mib: int = 320,
+    disk_bytes: int = 320 << 20,
+    visible: Sequence[Path] = (),
+) -> Iterator[PlainVm]:
+    """The same without databases. XFS needs 300 MiB."""
     disks = {volume: pool / f"{volume}.raw" for volume in POINTS}
     for path in disks.values():
         with path.open("xb") as out:
             out.truncate(disk_bytes)
-    logs = folder / "guest"
+    logs, agent = folder / "guest", folder / "agent.sock"
     logs.mkdir()
-    agent = folder / "agent.sock"
     with Guest(
-        logs, memory_mib=memory_mib, visible=[templates], ports={guest_agent.PORT: agent}
+        logs, memory_mib=memory_mib, visible=visible, ports={guest_agent.PORT: agent}
     ) as guest:
-        _make_file_systems(guest, disks, templates)
+        _make_file_systems(guest, disks)
         guest_agent.start_agent(guest, agent)
-        servers = _start_servers(guest)
-        vm = ProductionVm(
+        _start_writer(guest)
+        yield PlainVm(
             guest=guest,
             folder=folder,
             disks=disks,
             agent=agent,
-            postgres=_login(guest.forward(_POSTGRES_PORT), passwords),
-            mariadb=_login(guest.forward(_MARIADB_PORT), passwords),
             writer_port=guest.forward(_WRITER_PORT),
         )
-        _wait(servers, "postgres", lambda: connect_postgres(vm.postgres).close())
-        _wait(servers, "mariadb", lambda: connect_mariadb(vm.mariadb).close())
-        _wait_ready(servers["writer"])
-        yield vm
 
 
 def _login(port: int, passwords: dict[str, str]) -> Login:
@@ -174,22 +200,36 @@ def _make_tables(cursor: Any) -> None:
 # -- in the guest ----------------------------------------------------------------------------------
 
 
-def _make_file_systems(guest: Guest, disks: dict[str, Path], templates: Path) -> None:
+def _make_file_systems(guest: Guest, disks: dict[str, Path]) -> None:
     first, second = guest.attach(disks[EXT4]), guest.attach(disks[XFS])
     guest.shell(
         f"""
         mkfs.ext4 -q {first} & mkfs.xfs -q {second} & wait -n; wait -n
         mkdir -p {POINTS[EXT4]} {POINTS[XFS]}
         mount {first} {POINTS[EXT4]}; mount {second} {POINTS[XFS]}
-        cp -a {templates}/postgres {POINTS[EXT4]} & cp -a {templates}/mariadb {POINTS[XFS]} &
-        wait -n; wait -n
-        sync
         """,
         timeout_s=_START_S,
     )
 
 
-def _start_servers(guest: Guest) -> dict[str, RemoteCommand]:
+def _start_writer(guest: Guest) -> None:
+    argv = ["/usr/bin/python3", "-I", "-S", production_writer.__file__, guest.address]
+    writer = guest.start([*argv, str(_WRITER_PORT), POINTS[EXT4], POINTS[XFS]])
+    for line in writer.lines(time.monotonic() + _START_S):
+        if line == "ready":
+            return
+    said = writer.stderr.decode(errors="replace")
+    raise UnavailableError(f"the writer in the guest is not ready: {writer.failure}{said}")
+
+
+def _start_databases(guest: Guest, templates: Path) -> dict[str, RemoteCommand]:
+    guest.shell(
+        f"""
+        cp -a {templates}/postgres {POINTS[EXT4]} & cp -a {templates}/mariadb {POINTS[XFS]} &
+        wait -n; wait -n; sync
+        """,
+        timeout_s=_START_S,
+    )
     as_user = ["setpriv", "--init-groups", "--reuid"]
     one = [*as_user, postgres.USER, "--regid", postgres.USER, postgres.program("postgres")]
     one += ["-D", f"{POINTS[EXT4]}/postgres", "-k", "/tmp"]  # noqa: S108 - the guest's own
@@ -200,10 +240,7 @@ def _start_servers(guest: Guest) -> dict[str, RemoteCommand]:
     two += [f"--datadir={POINTS[XFS]}/mariadb", "--socket=/tmp/mariadb.sock"]
     two += [f"--port={_MARIADB_PORT}", f"--bind-address={guest.address}"]
     two += [f"--{name}={value}" for name, value in MARIADB_SETTINGS.items()]
-    three = ["/usr/bin/python3", "-I", "-S", production_writer.__file__, guest.address]
-    three += [str(_WRITER_PORT), POINTS[EXT4], POINTS[XFS]]
-    argvs = {"postgres": one, "mariadb": two, "writer": three}
-    return {name: guest.start(argv) for name, argv in argvs.items()}
+    return {"postgres": guest.start(one), "mariadb": guest.start(two)}
 
 
 def _wait(servers: dict[str, RemoteCommand], name: str, connect: Callable[[], None]) -> None:
@@ -219,14 +256,6 @@ def _wait(servers: dict[str, RemoteCommand], name: str, connect: Callable[[], No
             time.sleep(0.1)
         else:
             return
-
-
-def _wait_ready(writer: RemoteCommand) -> None:
-    for line in writer.lines(time.monotonic() + _START_S):
-        if line == "ready":
-            return
-    said = writer.stderr.decode(errors="replace")
-    raise UnavailableError(f"the writer in the guest is not ready: {said}")
 
 
 def reflink_copy(source: Path, target: Path) -> Path:
