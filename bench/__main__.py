@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from bench import backups, mounts, reading, stages, targets
-from bench.ground import choose_folder, ground
+from bench import backups, fleet, latency, mounts, quiesce, reading, stages, targets
+from bench.ground import Ground, choose_folder, ground
 from bench.report import Table, write_page
 
-PARTS = ("stages", "full", "reading", "incremental", "start", "many", "targets", "luns", "first")
+PARTS = (
+    "stages", "full", "reading", "incremental", "start", "many", "targets", "luns", "first",
+    "freeze", "fleet", "latency",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -19,6 +23,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each contender")
+    parser.add_argument("--freezes", type=int, default=30, help="TimeMarks of running guests")
+    parser.add_argument("--guests", type=int, default=8, help="guests at once (part fleet)")
     parser.add_argument("--folder", help="work folder (default: memory, if there is plenty)")
     parser.add_argument(
         "--page", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
@@ -31,7 +37,7 @@ def main() -> int:
         parser.error("the pool is loop-mounted: run as root")
     folder = choose_folder(chosen.folder)
     wanted = chosen.parts or list(PARTS)
-    tables = _measure(folder, wanted, chosen.rounds)
+    tables = _measure(folder, wanted, chosen)
     if not chosen.parts:
         where = "memory (tmpfs)" if str(folder).startswith("/dev/shm") else "disk"  # noqa: S108
         write_page(tables, where, chosen.rounds, chosen.page)
@@ -39,8 +45,9 @@ def main() -> int:
     return 0
 
 
-def _measure(folder: Path, wanted: list[str], rounds: int) -> list[Table]:
+def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> list[Table]:
     tables: list[Table] = []
+    rounds: int = chosen.rounds
 
     def show(table: Table) -> None:
         print(table.text(), flush=True)
@@ -67,7 +74,21 @@ def _measure(folder: Path, wanted: list[str], rounds: int) -> list[Table]:
             show(targets.many(place))
         if "first" in wanted:
             show(targets.first_read(place, rounds))
+        _measure_guests(place, wanted, chosen, show)
     return tables
+
+
+def _measure_guests(
+    place: Ground, wanted: list[str], chosen: argparse.Namespace, show: Callable[[Table], None]
+) -> None:
+    """What needs running guests."""
+    if "freeze" in wanted:
+        for table in quiesce.one_guest(place, chosen.freezes):
+            show(table)
+    if "fleet" in wanted:
+        show(fleet.many_guests(place, chosen.guests, chosen.freezes))
+    if "latency" in wanted:
+        show(latency.of_a_guest(place, chosen.rounds))
 
 
 if __name__ == "__main__":

@@ -84,3 +84,9 @@ def in_turns(
 def ratio(a: Sequence[Sample], b: Sequence[Sample]) -> float:
     """Median of the rounds' quotients: how many times longer `a` took than `b`."""
     return statistics.median(x.seconds / y.seconds for x, y in zip(a, b, strict=True))
+
+
+def percentile(values: Sequence[float], share: int) -> float:
+    """The smallest value that `share` percent of them do not pass."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * share // 100) - 1)]

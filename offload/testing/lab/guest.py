@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import offload
 from offload.errors import UnavailableError
@@ -225,6 +225,11 @@ class Guest:
 
     def _shell_with(self, script: str, argument: str) -> str:
         return self.run(["bash", "-euc", script, "bash", argument], timeout_s=_PLUG_S).text
+
+    def ask_qemu(self, command: str, arguments: dict[str, Any]) -> Any:
+        """A command of QEMU's own monitor (QMP); its result. A disk's node is called as its serial
+        is: `lab1` the first. Raises what `Qmp` raises."""
+        return self._monitor.ask(command, arguments)
 
     # -- cable and power -------------------------------------------------------------------------
 
