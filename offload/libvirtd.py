@@ -26,7 +26,7 @@ from offload.errors import NotFoundError, OffloadError, PrivilegeError, Unavaila
 
 _KEEPALIVE_S = 5
 _KEEPALIVE_COUNT = 3
-_AGENT_S = 3  # for what the agent answers at once; the guardian's parent waits 5 s
+_AGENT_S = 10.0  # for what the agent answers at once
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _MAC = re.compile(r"<mac address=['\"]([0-9A-Fa-f:]{17})['\"]")
 
@@ -163,9 +163,9 @@ class Libvirt:
         except self._libvirt.libvirtError as error:
             raise _error(error, f"domain {domain}") from error
 
-    def agent(self, domain: Any, command: str) -> str:
-        """One command to the guest agent, as it is."""
-        answer: str = self._qemu.qemuAgentCommand(domain, command, _AGENT_S, 0)
+    def agent(self, domain: Any, command: str, timeout_s: float) -> str:
+        """One command to the guest agent, as it is. libvirt waits for whole seconds."""
+        answer: str = self._qemu.qemuAgentCommand(domain, command, max(1, int(timeout_s)), 0)
         return answer
 
 
@@ -204,10 +204,10 @@ class Domain:
         with self._link.about(self.name):
             return frozenset(_MAC.findall(self._handle.XMLDesc()))
 
-    def agent(self, command: str) -> Any:
+    def agent(self, command: str, timeout_s: float = _AGENT_S) -> Any:
         """The answer (`return`) of the guest agent to a command without arguments."""
         with self._link.about(self.name):
-            text = self._link.agent(self._handle, json.dumps({"execute": command}))
+            text = self._link.agent(self._handle, json.dumps({"execute": command}), timeout_s)
         try:
             return json.loads(text)["return"]
         except (ValueError, KeyError, TypeError) as error:
@@ -216,9 +216,9 @@ class Domain:
                 code="agent-protocol",
             ) from error
 
-    def frozen(self) -> bool:
+    def frozen(self, timeout_s: float = _AGENT_S) -> bool:
         """What the guest agent says of itself."""
-        return bool(self.agent("guest-fsfreeze-status") == "frozen")
+        return bool(self.agent("guest-fsfreeze-status", timeout_s) == "frozen")
 
     def freeze(self, mounts: Sequence[str]) -> int:
         """Freeze file systems (none named: all that can be); how many were."""

@@ -12,6 +12,7 @@ from typing import Any
 from offload.errors import CleanupError, NotFoundError, OffloadError, UnavailableError
 from offload.libvirtd import Domain, DomainGoneError, DomainState, Libvirt
 
+_STATUS_S = 4.0  # the parent waits 5 s for the answer
 _THAW_S = 10.0  # a daemon may be restarted meanwhile, another client's job may have the domain
 _LINGER_S = 600.0
 _RETRY_S = 0.2
@@ -68,7 +69,7 @@ class LibvirtHold:
 
     def intact(self) -> bool:
         """What the agent says; only the thaw tells whether each file system was frozen still."""
-        frozen = self._domain.frozen()
+        frozen = self._domain.frozen(_STATUS_S)
         if not frozen:
             self.seen = "its agent says that it was thawed"
         return frozen

@@ -8,6 +8,7 @@ guest's kernel, file systems and qemu-ga are real. Clients reach the daemon by i
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket as sockets
 import time
@@ -41,14 +42,16 @@ _CONF = {
 }
 # libvirt looks its user up before it reads which one it is to be
 _USER = {"passwd": "libvirt-qemu:x:64055:64055::/:/bin/false\n", "group": "libvirt-qemu:x:64055:\n"}
-# $1: the folder. Not `exec`: process 1 has to reap QEMUs, which are daemons.
+# $1: the folder. Process 1 reaps QEMUs, which are daemons; a libvirtd that has ended starts again.
 _START = """
 mount -t tmpfs run /run
 for folder in /var/lib /var/log /var/cache; do mount -t tmpfs libvirt $folder; done
 mount --bind "$1/etc" /etc/libvirt
 for file in passwd group; do mount --bind "$1/$file" /etc/$file; done
-libvirtd --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirtd.pid &
-wait $!
+while :; do
+    libvirtd --config "$1/etc/libvirtd.conf" --pid-file /run/libvirtd.pid &
+    wait $! || :
+done
 """
 _DOMAIN = """
 <domain type='{kind}'>
@@ -128,6 +131,17 @@ class LibvirtHost:
         with running(daemon, self._answers):
             yield self
 
+    def restart(self) -> None:
+        """End the daemon with SIGKILL; another one takes over its domains. Returns when it has."""
+        pattern = f"^libvirtd --config {self.folder}/"
+        (before,) = run.run(["pgrep", "-f", pattern]).stdout.split()
+        os.kill(int(before), signal.SIGKILL)
+        until = time.monotonic() + _BOOT_S
+        while not self._answers():
+            if time.monotonic() > until:
+                raise UnavailableError("the libvirt daemon does not come back")
+            time.sleep(_LOOK_S)
+
     def _answers(self) -> bool:
         with contextlib.suppress(UnavailableError), Libvirt(self.uri):
             return True
@@ -136,13 +150,15 @@ class LibvirtHost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainPlan:
-    """A domain that boots the lab guest. `agent`: whether it has a channel for one."""
+    """A domain that boots the lab guest. `agent`: whether it has a channel for one; `disks`: the
+    folder of its disks, `one.raw` and `two.raw`."""
 
     name: str
     uuid: str
     mac: str = "52:54:00:6c:76:01"
     agent: bool = True
     memory_mib: int = 768
+    disks: Path
 
 
 class LibvirtGuest:
@@ -159,7 +175,7 @@ class LibvirtGuest:
         self._folder.mkdir()
         self._wire_path = host.folder / f"{plan.name}.wire"
         self.console = self._folder / "console.log"
-        self._disks = [self._folder / "one.raw", self._folder / "two.raw"]
+        self._disks = [plan.disks / "one.raw", plan.disks / "two.raw"]
         for disk in self._disks:
             with disk.open("wb") as out:
                 out.truncate(_DISK_BYTES)
@@ -167,8 +183,9 @@ class LibvirtGuest:
         self._wire: sockets.socket | None = None
         self._channel: Channel | None = None
         self._agent: RemoteCommand | None = None
+        self._uri = host.uri
         self._connection = libvirt.open(host.uri)
-        self.handle = self._connection.defineXML(self._definition())
+        self._connection.defineXML(self._definition())
 
     def _definition(self) -> str:
         kernel = initramfs.find_kernel()
@@ -200,8 +217,16 @@ class LibvirtGuest:
             console=self.console,
         )
 
+    @property
+    def handle(self) -> libvirt.virDomain:
+        """By a connection that is made again where the daemon was restarted."""
+        if not self._connection.isAlive():
+            self._connection = libvirt.open(self._uri)
+        return self._connection.lookupByName(self.plan.name)
+
     def start(self) -> None:
         """Boot, wait until commands can run, mount the disks. GuestError if it does not come up."""
+        self._hang_up()
         self.handle.create()
         self._wire = sockets.socket(sockets.AF_UNIX)
         self._wire.connect(str(self._wire_path))
@@ -268,12 +293,15 @@ class LibvirtGuest:
 
     def close(self) -> None:
         """End it and forget it."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._connection.close)
-            stack.callback(self.handle.undefine)
-            stack.callback(self.destroy)
-            if self._wire is not None:
-                self._wire.close()
+        self._hang_up()
+        self.destroy()
+        self.handle.undefine()
+        self._connection.close()
+
+    def _hang_up(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
+        self._wire = None
 
 
 @contextmanager
