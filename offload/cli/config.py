@@ -44,6 +44,7 @@ def check(ctx: click.Context) -> None:
     counts = {
         "volumes": len(loaded.volumes),
         "groups": len(loaded.groups),
+        "vms": len(loaded.vms),
         "stores": len(loaded.stores),
     }
 
@@ -51,7 +52,11 @@ def check(ctx: click.Context) -> None:
         shown = ", ".join(f"{count} {what}" for what, count in counts.items())
         click.echo(f"{path} is right: {shown}")
 
-    emit(settings_of(ctx), {"path": path, **counts}, human)
+    emit(
+        settings_of(ctx),
+        {"path": path, **counts},
+        human,
+    )
 
 
 @config.command("show", examples=["offload config show", "offload config show --json"])

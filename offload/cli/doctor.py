@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 def doctor(ctx: click.Context) -> None:
     """Show what this machine has and lacks for each capability.
 
-    Says which package or kernel module would give what is missing. Works without a configuration;
-    with one, the exit code is 6 if something is missing that it needs.
+    Says which package or kernel module would give what is missing. Works without a configuration.
+    With one, VMs are asked whether they could be held, and the exit code is 6 if something is
+    missing that it needs.
     """
     from offload.services.doctor import examine, lacking
 
     settings = settings_of(ctx)
     config = _config(settings)
     checks = examine(config)
+    if config is not None and config.vms:
+        from offload.services.doctor_vms import look_at_vms
+
+        checks += look_at_vms(config, settings.config_path)
     rows = [
         [check.name, check.status.value, "yes" if check.required else "", check.detail, check.fix]
         for check in checks
