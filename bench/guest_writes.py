@@ -12,7 +12,7 @@ import sys
 import time
 
 _BLOCK = 4096
-_LINES = 20  # at once: a line for each write would cost as much as the write
+_LINES = 5  # at once: a line for each write would cost as much as the write
 
 
 def main(path: str) -> None:
