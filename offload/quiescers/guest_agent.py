@@ -37,6 +37,7 @@ _NEEDED = (
 _FREEZABLE = frozenset(
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "jfs", "nilfs2", "reiserfs", "gfs2"}
 )
+_HOOK_FAILED = "fsfreeze hook has failed"  # qemu-ga's words: qga/commands-posix.c
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -150,10 +151,18 @@ class GuestAgentPart:
     # -- the freeze --------------------------------------------------------------------------------
 
     def freeze(self, until: float) -> Consistency:
-        """Raises UnavailableError (`freeze-failed`)."""
+        """Raises UnavailableError (`freeze-failed`; `hook-failed`: in the guest)."""
         if self._holder is None:
             raise UnavailableError(f"VM {self._vm} was not looked at", code="freeze-failed")
-        self._holder.freeze(until)
+        try:
+            self._holder.freeze(until)
+        except UnavailableError as error:
+            if _HOOK_FAILED not in error.message:
+                raise
+            self._holder.close()  # the agent serves one client
+            raise UnavailableError(
+                f"{error.message}{self._failed_hooks()}", code="hook-failed", hint=error.hint
+            ) from error
         self._frozen = self._hooks_due = True
         self.what = self._chosen
         self._notes.append(f"frozen in {max(self._holder.frozen_ms.values()):.0f} ms")
@@ -193,6 +202,15 @@ class GuestAgentPart:
         if self._hooks_due:
             self._hooks_due = False
             self._learn_from_hooks()
+
+    def _failed_hooks(self) -> str:
+        """Which, and what they said, where they are ours."""
+        try:
+            with GuestAgent(self._entry.socket) as agent:
+                report = hook_report.parse(hook_report.read(agent))
+        except OffloadError:
+            return ""
+        return "".join(f"; {line}" for line in report.failed())
 
     def _learn_from_hooks(self) -> None:
         """An agent that keeps its files to itself leaves it at `filesystem`."""

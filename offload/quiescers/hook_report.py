@@ -51,11 +51,16 @@ class HookReport:
 
     def lines(self) -> list[str]:
         """For the report of a TimeMark."""
-        found = []
-        for name, hook in self.hooks.items():
-            words = "; ".join(hook.said) or "done"
-            found.append(f"hook {name}: {words}{_trouble(hook)}")
-        return found[:_LINES_MAX]
+        return [_line(name, hook) for name, hook in self.hooks.items()][:_LINES_MAX]
+
+    def failed(self) -> list[str]:
+        """The lines of hooks that ended the freeze."""
+        failed = [(name, hook) for name, hook in self.hooks.items() if hook.freeze != 0]
+        return [_line(name, hook) for name, hook in failed][:_LINES_MAX]
+
+
+def _line(name: str, hook: Hook) -> str:
+    return f"hook {name}: {'; '.join(hook.said) or 'done'}{_trouble(hook)}"
 
 
 def _trouble(hook: Hook) -> str:

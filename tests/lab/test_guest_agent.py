@@ -267,6 +267,179 @@ def test_agent_stopped_before_the_freeze_is_not_frozen_later(
     assert markers(site.instance) == []
 
 
+# -- hooks in the guest ----------------------------------------------------------------------------
+
+HOOKS = "/etc/qemu/lab"
+
+
+@dataclass
+class HookedSite:
+    """An agent with our dispatcher, and hooks that each test adds."""
+
+    site: Site
+
+    def add(self, name: str, script: str) -> None:
+        path = f"{HOOKS}/fsfreeze-hook.d/{name}"
+        self.site.guest.shell(
+            f"cat >{path}; chmod +x {path}", stdin=f"#!/bin/sh\n{script}".encode()
+        )
+
+    def set(self, line: str) -> None:
+        self.site.guest.shell(f"cat >>{HOOKS}/offload-hooks.conf", stdin=f"{line}\n".encode())
+
+    def use(self, *names: str) -> None:
+        for name in names:
+            source = f"{ROOT}/offload/guest_hooks/fsfreeze-hook.d/{name}"
+            self.site.guest.run(["cp", source, f"{HOOKS}/fsfreeze-hook.d/"])
+
+
+@pytest.fixture
+def hooked(site: Site) -> Iterator[HookedSite]:
+    site.guest.shell(f"""
+        mkdir -p {HOOKS}/fsfreeze-hook.d; cd {ROOT}/offload/guest_hooks
+        cp offload-fsfreeze-hook offload-hold offload-hooks.conf {HOOKS}
+    """)
+    with running_agent(site.guest, site.socket, hook=f"{HOOKS}/offload-fsfreeze-hook"):
+        yield HookedSite(site)
+    site.clean()
+
+
+@contextmanager
+def armed(site: Site, deadline_s: float = 30.0) -> Iterator[GuestAgentPart]:
+    part = site.part()
+    try:
+        part.check()
+        part.arm(deadline_s)
+        yield part
+    finally:
+        part.close()
+
+
+def test_hooks_run_before_the_freeze_and_in_reverse_after_the_thaw(
+    site: Site, hooked: HookedSite
+) -> None:
+    """A write of a hook would hang if it were frozen by then."""
+    for name in "ab":
+        hooked.add(name, f"echo {name} $1 >>/mnt/a/trace; sync -f /mnt/a/trace; echo hello")
+    with armed(site) as part:
+        part.freeze(soon(30))
+        part.thaw()
+    trace = site.guest.run(["cat", "/mnt/a/trace"]).text.splitlines()
+    assert trace == ["a freeze", "b freeze", "b thaw", "a thaw"]
+    assert "hook a: hello; hello" in part.output
+    assert part.unbroken
+    assert part.reached is Consistency.FILESYSTEM, "they do not say that they hold anything"
+
+
+def test_hooks_that_hold_an_application_make_it_consistent(site: Site, hooked: HookedSite) -> None:
+    hooked.use("deadman", "sqlite")
+    hooked.set("SQLITE_DATABASES=/mnt/b/shop.db")
+    make = "import sqlite3; sqlite3.connect('/mnt/b/shop.db').execute('CREATE TABLE t (n)')"
+    site.guest.run(["python3", "-c", make])
+    with armed(site) as part:
+        assert part.freeze(soon(30)) is Consistency.FILESYSTEM
+        part.thaw()
+    assert part.unbroken, part.output
+    assert part.reached is Consistency.APPLICATION, part.output
+    assert "hook sqlite: /mnt/b/shop.db: held" in part.output
+    site.guest.run(["rm", "/mnt/b/shop.db"])
+    site.guest.shell(
+        "! pgrep -f 'unicode_[e]scape|isolation_[l]evel'", timeout_s=20
+    )  # no timer stays
+
+
+def test_hooks_one_that_fails_fails_the_freeze_with_its_words(
+    site: Site, hooked: HookedSite
+) -> None:
+    hooked.add("shop", "echo the shop is open; [ $1 = thaw ]")
+    with armed(site) as part:
+        with pytest.raises(UnavailableError, match="hook shop: the shop is open") as caught:
+            part.freeze(soon(30))
+        assert caught.value.code == "hook-failed"
+        assert part.what == ()
+        assert site.writes()
+
+
+def test_hooks_of_an_earlier_freeze_count_for_nothing(site: Site, hooked: HookedSite) -> None:
+    """As where the dispatcher is taken out of qemu-ga's configuration."""
+    hooked.add("shop", "echo level=application")
+    with armed(site) as part:
+        part.freeze(soon(30))
+        part.thaw()
+    assert part.reached is Consistency.APPLICATION
+    site.guest.shell(f"echo '#!/bin/true' >{HOOKS}/offload-fsfreeze-hook")
+    with armed(site) as part:
+        part.freeze(soon(30))
+        part.thaw()
+    assert part.reached is Consistency.FILESYSTEM
+    assert "hook" not in part.output
+
+
+def test_debian_s_own_dispatcher_does_not_say_that_a_hook_failed(site: Site) -> None:
+    """Why there is one of ours."""
+    folder = "/etc/qemu/fsfreeze-hook.d"
+    site.guest.shell(f"printf '#!/bin/sh\\nexit 1\\n' >{folder}/bad; chmod +x {folder}/bad")
+    with running_agent(site.guest, site.socket, hook="/etc/qemu/fsfreeze-hook"):
+        with armed(site) as part:
+            assert part.freeze(soon(30)) is Consistency.FILESYSTEM
+            part.thaw()
+        site.guest.run(["rm", f"{folder}/bad"])
+    site.clean()
+
+
+def test_deadman_thaws_by_itself_and_that_is_known_after_the_thaw(
+    site: Site, hooked: HookedSite
+) -> None:
+    hooked.use("deadman")
+    hooked.set("DEADMAN_S=2")
+    with armed(site, 60.0) as part:
+        part.freeze(soon(60))
+        wait_for(site.writes, 30)
+        assert part.still_frozen(), "the agent says so"
+        part.thaw()
+        assert not part.unbroken
+        assert "2 file systems were frozen, and 0 were so at the thaw" in part.output
+    assert "nobody had thawed within 2 s; it thawed:" in part.output
+    assert part.reached is Consistency.FILESYSTEM
+
+
+def test_deadman_thaws_where_the_agent_is_dead_and_nobody_asks_any_more(
+    site: Site, hooked: HookedSite
+) -> None:
+    """The backup host has gone, and its session with it; the file system of the hook is frozen."""
+    hooked.use("deadman")
+    hooked.set("DEADMAN_S=2")
+    with GuestAgent(site.socket) as lost:
+        lost.freeze([], 30)
+    site.guest.run(["pkill", "-KILL", "-x", "qemu-ga"])
+    wait_for(site.writes, 30)
+    assert not site.thaw("/mnt/a")
+    assert not site.thaw("/mnt/b")
+
+
+def test_deadman_without_python_does_the_same(site: Site, hooked: HookedSite) -> None:
+    hooked.use("deadman")
+    hooked.set("DEADMAN_S=2")
+    make = """
+import os, pathlib
+target = pathlib.Path("/run/nopython")
+target.mkdir()
+for folder in ("/usr/bin", "/usr/sbin"):
+    for name in os.listdir(folder):
+        if not name.startswith("python"):
+            (target / name).unlink(missing_ok=True)
+            (target / name).symlink_to(f"{folder}/{name}")
+"""
+    site.guest.run(["python3", "-c", make])
+    hooked.set("PATH=/run/nopython")
+    with armed(site, 60.0) as part:
+        part.freeze(soon(60))
+        wait_for(site.writes, 30)
+        part.thaw()
+        assert not part.unbroken
+    assert "nobody had thawed within 2 s; it thawed:" in part.output
+
+
 def test_agent_whose_hook_hangs_is_late_in_time_and_ends_thawed(site: Site) -> None:
     """Freeze and thaw stand in its queue; both are done when the hook has ended."""
     site.guest.shell("mkfifo /run/gate; printf '#!/bin/sh\\n: </run/gate\\n' >/run/hook; "
