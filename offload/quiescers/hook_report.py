@@ -14,6 +14,7 @@ It is a guest's word, like everything that its agent says.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from offload.guest_agent import AgentError, GuestAgent, shown
@@ -113,7 +114,7 @@ def _take(hook: Hook, word: str, value: str) -> None:
             hook.claims = True
         elif len(hook.said) < _LINES_MAX:
             hook.said.append(shown(value))
-    elif value.isascii() and value.isdigit():
+    elif re.fullmatch(r"[0-9]{1,3}", value):
         if word == "freeze":
             hook.freeze = int(value)
         else:
