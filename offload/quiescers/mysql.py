@@ -40,6 +40,8 @@ _BACKUP_STAGE_SINCE = (10, 4)
 _STAGES = ("START", "FLUSH", "BLOCK_DDL", "BLOCK_COMMIT")
 _BINARY_LOG_STATUS_SINCE = (8, 2)  # of MySQL, in place of SHOW MASTER STATUS
 _MAY_NOT = frozenset({1044, 1142, 1227})  # ER_DBACCESS_DENIED, ER_TABLEACCESS_, ER_SPECIFIC_
+_LSN = "SHOW GLOBAL STATUS WHERE Variable_name IN ('Innodb_lsn_current', 'Innodb_lsn_flushed')"
+_LOOK_S = 0.02
 _OF_THE_SERVER = frozenset({"information_schema", "mysql", "performance_schema", "sys"})
 
 
@@ -231,8 +233,8 @@ class MysqlPart:
         session.query(f"SET SESSION wait_timeout = {left_s}", until)
 
     def freeze(self, until: float) -> Consistency:
-        """Take the lock. Raises UnavailableError (`freeze-failed`, `freeze-late`); then the
-        session is ended, and with it what it held."""
+        """Take the lock. Raises UnavailableError (`freeze-failed`, `freeze-late`,
+        `not-durable`); then the session is ended, and with it what it held."""
         session, facts = self._session, self._facts
         if session is None or facts is None:
             raise UnavailableError(f"{self.name} is not connected", code="freeze-failed")
@@ -244,14 +246,16 @@ class MysqlPart:
             for statement in _locking(facts):
                 session.query(statement, limit)
             took_ms = (time.monotonic() - began) * 1000
-            # what was acknowledged, but waits in memory (innodb_flush_log_at_trx_commit=0 or 2)
-            session.query("FLUSH LOCAL ENGINE LOGS", limit)
+            _write_redo(session, facts, limit)
             self._dead_man(session, until, limit)
             place = _position(session, facts, limit)
             names = [str(row[0]) for row in session.query("SHOW DATABASES", limit)]
         except pymysql.MySQLError as error:
             self.close()
             raise failed(self.name, "the lock", error, limit) from error
+        except UnavailableError:
+            self.close()
+            raise
         self._held = True
         seen = tuple(name for name in names if name not in _OF_THE_SERVER)
         self.what = seen or (facts.server,)  # the account may see none
@@ -315,6 +319,30 @@ def _locking(facts: _Facts) -> list[str]:
     if facts.stages:
         return [f"BACKUP STAGE {stage}" for stage in _STAGES]
     return ["FLUSH LOCAL TABLES WITH READ LOCK"]
+
+
+def _write_redo(session: _Session, facts: _Facts, until: float) -> None:
+    """Have what was acknowledged, but waits in memory, written. Raises UnavailableError.
+
+    With innodb_flush_log_at_trx_commit=0 MariaDB's FLUSH ENGINE LOGS does nothing; what is written
+    every innodb_flush_log_at_timeout seconds is waited for.
+    """
+    session.query("FLUSH LOCAL ENGINE LOGS", until)
+    if not facts.mariadb or facts.flush_at_commit != 0:
+        return
+    wanted = None
+    while True:
+        lsn = {name: int(value) for name, value in session.query(_LSN, until)}
+        wanted = wanted or lsn["Innodb_lsn_current"]
+        if lsn["Innodb_lsn_flushed"] >= wanted:
+            return
+        if time.monotonic() + 2 * _LOOK_S >= until:
+            raise UnavailableError(
+                "what was committed is not written in time (innodb_flush_log_at_trx_commit=0)",
+                code="not-durable",
+                hint="set it to 1 or 2, or innodb_flush_log_at_timeout to a second",
+            )
+        time.sleep(_LOOK_S)
 
 
 def _position(session: _Session, facts: _Facts, until: float) -> str:

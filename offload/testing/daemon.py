@@ -81,6 +81,19 @@ def running(daemon: Daemon, answers: Callable[[], bool]) -> Iterator[subprocess.
         _end(daemon, process)
 
 
+@contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """For the block, it hangs: all its threads stand, its connections stay."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        tasks = Path(f"/proc/{process.pid}/task")
+        while any(" T " not in (task / "stat").read_text() for task in tasks.iterdir()):
+            time.sleep(_LOOK_S)
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 def _wait(daemon: Daemon, process: subprocess.Popen[bytes], answers: Callable[[], bool]) -> None:
     until = time.monotonic() + daemon.start_s
     while not answers():
