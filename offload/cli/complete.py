@@ -71,6 +71,7 @@ def _origins(config: Config) -> list[str]:
 
 groups = _offering(lambda config: config.groups)
 volumes = _offering(lambda config: config.volumes)
+vms = _offering(lambda config: config.vms)
 stores = _offering(lambda config: config.stores)
 views = _offering(lambda config: _known(config, "view"))
 connections = _offering(lambda config: _known(config, "connection"))

@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": Lazy("offload.cli.doctor:doctor", "What this machine has and lacks."),
     "status": Lazy("offload.cli.status:status", "Pools, TimeMarks, views, backups, leftovers."),
     "volume": Lazy("offload.cli.volume:volume", "The configured volumes."),
+    "agent": Lazy("offload.cli.agent:agent", "Guest agents of VMs; freeze hooks for guests."),
     "timemark": Lazy("offload.cli.timemark:timemark", "Points in time of a group."),
     "mount": Lazy("offload.cli.mount:mount", "Present a point in time as a block device."),
     "unmount": Lazy("offload.cli.mount:unmount", "Withdraw TimeViews."),

@@ -6,6 +6,9 @@ Real agents in real guests: tests/lab/test_guest_agent.py.
 from __future__ import annotations
 
 import base64
+import json
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,6 +21,7 @@ import pytest
 
 from offload import procs
 from offload.catalog.store import Catalog
+from offload.cli.main import run as cli
 from offload.configs.quiesce import GuestAgentFreeze
 from offload.errors import CleanupError, OffloadError, PolicyError, UnavailableError
 from offload.guest_agent import (
@@ -519,6 +523,68 @@ def test_part_agent_that_keeps_its_files_leaves_it_at_file_systems(
     part.close()
     assert part.reached is Consistency.FILESYSTEM
     assert "what hooks in the guest did is not known" in part.output
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(folder: Path) -> Path:
+    path = folder / "offload.toml"
+    path.write_text(f"""
+        state_dir = "{folder}/state"
+        [volumes.db]
+        provider = "copy"
+        path = "{folder}/db.raw"
+        [vms.shop]
+        volumes = ["db"]
+        freeze = {{ kind = "qemu-ga", socket = "{folder}/ga" }}
+        [vms.other]
+        volumes = ["db"]
+        freeze = {{ kind = "qmp", socket = "{folder}/qmp" }}
+    """)
+    path.chmod(0o600)
+    return path
+
+
+def test_agent_show_tells_what_the_guest_is(
+    serve: Serve, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve()
+    assert cli(["--config", str(config), "agent", "show", "shop"]) == 0
+    said = capsys.readouterr().out
+    assert "Debian GNU/Linux 12 (bookworm)" in said
+    assert "/srv (xfs on vdb)" in said
+    assert cli(["--config", str(config), "--json", "agent", "show", "shop"]) == 0
+    assert json.loads(capsys.readouterr().out)["file_systems"][0]["mount"] == "/"
+
+
+def test_agent_show_of_a_frozen_guest_says_so(
+    serve: Serve, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(guest_fsfreeze_status="frozen", guest_get_fsinfo=None)
+    assert cli(["--config", str(config), "agent", "show", "shop"]) == 0
+    assert re.search(r"state +frozen", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("vm", "code"), [("none", 4), ("other", 2), ("shop", 6)])
+def test_agent_show_that_cannot_is_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str], vm: str, code: int
+) -> None:
+    assert cli(["--config", str(config), "agent", "show", vm]) == code
+    assert capsys.readouterr().err.startswith("offload: ")
+
+
+def test_agent_hooks_are_written_where_they_are_wanted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = folder / "hooks"
+    assert cli(["agent", "hooks", "--to", str(to), "--only", "deadman", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert f"{to}/fsfreeze-hook.d/deadman" in files
+    assert not (to / "fsfreeze-hook.d/mysql").exists()
+    assert os.access(to / "offload-fsfreeze-hook", os.X_OK)
+    assert cli(["agent", "hooks", "--to", "/proc/nowhere"]) == 6
 
 
 def test_every_error_of_the_client_has_a_code() -> None:
