@@ -82,16 +82,16 @@ def running(daemon: Daemon, answers: Callable[[], bool]) -> Iterator[subprocess.
 
 
 @contextmanager
-def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def stopped(pid: int) -> Iterator[None]:
     """For the block, it hangs: all its threads stand, its connections stay."""
-    process.send_signal(signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)
     try:
-        tasks = Path(f"/proc/{process.pid}/task")
+        tasks = Path(f"/proc/{pid}/task")
         while any(" T " not in (task / "stat").read_text() for task in tasks.iterdir()):
             time.sleep(_LOOK_S)
         yield
     finally:
-        process.send_signal(signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def _wait(daemon: Daemon, process: subprocess.Popen[bytes], answers: Callable[[], bool]) -> None:

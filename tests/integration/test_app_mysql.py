@@ -483,7 +483,7 @@ def test_mysql_server_that_hangs_is_left_in_time(own: RunningMariadb, make: Make
     part = make(own, timeout_s=1)
     part.check()
     part.arm(30)
-    with stopped(own.process), pytest.raises(UnavailableError) as caught:
+    with stopped(own.process.pid), pytest.raises(UnavailableError) as caught:
         part.freeze(time.monotonic() + 30)
     assert caught.value.code == "freeze-late"
 
@@ -494,7 +494,7 @@ def test_mysql_server_that_hangs_at_the_thaw_is_told(
     monkeypatch.setattr(mysql, "_THAW_S", 0.5)
     writer, part = write(own), make(own)
     arm_and_freeze(part)
-    with stopped(own.process):
+    with stopped(own.process.pid):
         assert part.still_frozen()  # as far as can be known
         with pytest.raises(UnavailableError) as caught:
             part.thaw()
