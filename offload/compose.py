@@ -54,6 +54,7 @@ TARGETS = {
 FREEZERS: dict[str, str] = {
     "qemu-ga": "offload.quiescers.guest_agent:GuestAgentPart",
     "libvirt": "offload.quiescers.libvirt:LibvirtPart",
+    "vmware": "offload.quiescers.vmware:VmwarePart",
 }
 APPLICATIONS: dict[str, str] = {
     "postgresql": "offload.quiescers.postgresql:PostgresqlPart",

@@ -22,6 +22,7 @@ ACTIONS = {
     "thaw-local": "offload.quiescers.local:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
     "thaw-libvirt": "offload.quiescers.libvirt:undo_thaw",  # marker, boot, libvirt (JSON)
+    "remove-vm-snapshot": "offload.quiescers.vmware:undo_remove",  # hypervisor, vm, moref, snapshot
     "thaw-agent": "offload.quiescers.guest_agent:undo_thaw",  # marker, boot, agents (JSON)
     "thaw-script": "offload.quiescers.script:undo_thaw",  # marker, boot, programs (JSON)
     "thaw-ssh": "offload.quiescers.ssh:undo_thaw",  # marker, boot, programs (JSON)

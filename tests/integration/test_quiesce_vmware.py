@@ -1,0 +1,552 @@
+"""The VMware part against the vSphere simulator: no ESXi runs here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from pyVmomi import vim
+
+from offload.catalog.store import Catalog
+from offload.configs.quiesce import VmwareFreeze
+from offload.errors import (
+    CleanupError,
+    ConfigError,
+    NotFoundError,
+    OffloadError,
+    PolicyError,
+    PrivilegeError,
+    UnavailableError,
+)
+from offload.instance import Instance
+from offload.model import Consistency
+from offload.quiescers import vmware
+from offload.quiescers.vmware import VmwarePart, undo_remove
+from offload.testing.certificates import Wanted, issue
+from offload.testing.instances import free_port, make_instance
+from offload.testing.vsphere.model import VmPlan
+from offload.testing.vsphere.properties import Managed
+from offload.testing.vsphere.server import PASSWORD, Vcenter, running_vcenter
+from offload.vsphere import Vsphere
+
+pytestmark = pytest.mark.timeout(120)
+
+NO_CATALOG = cast("Catalog", None)
+UUID = "50230000-1111-4222-8333-444455556666"
+SHOP = VmPlan(name="shop", instance_uuid=UUID, addresses=("10.1.0.9",))
+
+
+@pytest.fixture
+def vcenter(tmp_path: Path) -> Iterator[Vcenter]:
+    with running_vcenter(tmp_path / "vcenter") as started:
+        yield started
+        assert started.model.sessions == 0
+
+
+@pytest.fixture
+def shop(vcenter: Vcenter) -> Managed:
+    vcenter.model.add_vm(VmPlan(name="web", instance_uuid="5023-web"))
+    return vcenter.model.add_vm(SHOP)
+
+
+Make = Callable[..., VmwarePart]
+
+
+def instance_of(folder: Path, table: dict[str, Any]) -> Instance:
+    return make_instance(folder, {"hypervisors": {"vc": table}})
+
+
+@pytest.fixture
+def make(vcenter: Vcenter, tmp_path: Path) -> Iterator[Make]:
+    made: list[VmwarePart] = []
+
+    def part(vm: str = "shop", **changed: Any) -> VmwarePart:
+        entry = VmwareFreeze(kind="vmware", hypervisor="vc", vm=vm)
+        table = vcenter.table(**changed)
+        made.append(VmwarePart("shop", entry, instance_of(tmp_path, table)))
+        return made[-1]
+
+    yield part
+    for each in made:
+        each.close()
+
+
+def freeze(part: VmwarePart, within_s: float = 30.0) -> Consistency:
+    return part.freeze(time.monotonic() + within_s)
+
+
+# -- what it is for --------------------------------------------------------------------------------
+
+
+def test_vmware_snapshot_lives_from_freeze_to_thaw(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    part = make()
+    part.check()
+    part.arm(30)
+    assert vcenter.model.snapshot_names(shop) == []
+    assert freeze(part) is Consistency.FILESYSTEM
+    assert vcenter.model.snapshot_names(shop) == [part.snapshot_name]
+    assert part.still_frozen()
+    part.thaw()
+    part.thaw()
+    assert vcenter.model.snapshot_names(shop) == []
+    assert part.unbroken
+    assert part.holds_nothing
+    assert part.what == ("[ds1] shop/shop_0.vmdk",)
+    assert "[ds1] shop/shop_0-000001.vmdk" in part.output
+    assert part.snapshot_name in part.output
+    assert part.snapshot_name.startswith(f"offload.{part._instance.id}.")
+
+
+def test_vmware_vm_is_found_by_its_instance_uuid(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    part = make(UUID.upper())
+    part.check()
+    freeze(part)
+    assert vcenter.model.snapshot_names(shop) == [part.snapshot_name]
+
+
+def test_vmware_vm_among_many_is_found(vcenter: Vcenter, shop: Managed, make: Make) -> None:
+    """More than one page of them."""
+    for number in range(600):
+        vcenter.model.add_vm(VmPlan(name=f"vm{number}", instance_uuid=f"u{number}"))
+    make("vm599").check()
+    assert "ContinueRetrievePropertiesEx" in vcenter.model.calls
+
+
+def test_vmware_image_time_is_by_our_clock(vcenter: Vcenter, shop: Managed, make: Make) -> None:
+    vcenter.model.weather.clock_ahead = timedelta(hours=3)
+    part = make()
+    part.check()
+    before = datetime.now(UTC)
+    freeze(part)
+    assert part.image_at is not None
+    assert before - timedelta(seconds=5) < part.image_at < datetime.now(UTC) + timedelta(seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("enable_uuid", "reached"),
+    [(True, Consistency.APPLICATION), (False, Consistency.FILESYSTEM)],
+)
+def test_vmware_windows_reaches_application_with_vss_writers(
+    enable_uuid: bool, reached: Consistency, vcenter: Vcenter, make: Make
+) -> None:
+    plan = VmPlan(name="win", instance_uuid="w", windows=True, enable_uuid=enable_uuid)
+    vcenter.model.add_vm(plan)
+    part = make("win")
+    part.check()
+    assert freeze(part) is reached
+
+
+def test_vmware_independent_disk_is_not_quiesced_and_said(vcenter: Vcenter, make: Make) -> None:
+    vcenter.model.add_vm(VmPlan(name="ind", instance_uuid="i", independent_disk=True))
+    part = make("ind")
+    part.check()
+    assert freeze(part) is Consistency.CRASH
+    assert "outside of VM snapshots, so not quiesced: Hard disk 2" in part.output
+
+
+def test_vmware_snapshots_of_others_stay_and_are_said(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    vcenter.model.add_snapshot(shop, "before-upgrade")
+    shop.properties["runtime"].consolidationNeeded = True
+    part = make()
+    part.check()
+    freeze(part)
+    vcenter.model.add_snapshot(shop, "on-top")
+    assert part.still_frozen()
+    part.thaw()
+    assert vcenter.model.snapshot_names(shop) == ["before-upgrade", "on-top"]
+    assert "before-upgrade" in part.output
+    assert "consolidation" in part.output
+    assert not shop.properties["runtime"].consolidationNeeded
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vm", "code"), [("shoop", "unknown-vm"), ("twin", "ambiguous-vm"), ("shared", "ambiguous-vm")]
+)
+def test_vmware_vm_that_is_not_one_is_refused(
+    vm: str, code: str, vcenter: Vcenter, make: Make
+) -> None:
+    for number in range(2):
+        vcenter.model.add_vm(VmPlan(name="twin", instance_uuid=f"t{number}"))
+        vcenter.model.add_vm(VmPlan(name=f"s{number}", instance_uuid="shared"))
+    with pytest.raises(NotFoundError) as refused:
+        make(vm).check()
+    assert refused.value.code == code
+
+
+def test_vmware_without_tools_is_unavailable(vcenter: Vcenter, make: Make) -> None:
+    vcenter.model.add_vm(VmPlan(name="bare", instance_uuid="b", tools=False))
+    with pytest.raises(UnavailableError) as refused:
+        make("bare").check()
+    assert refused.value.code == "tools-not-running"
+    assert "CreateSnapshotEx_Task" not in vcenter.model.calls
+
+
+def test_vmware_wrong_password_is_refused_and_nowhere_shown(
+    vcenter: Vcenter, shop: Managed, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = "Pa55-of-another-server"
+    (vcenter.folder / "password").write_text(wrong)
+    with pytest.raises(ConfigError) as refused:
+        make().check()
+    assert refused.value.code == "vsphere-login"
+    shown = refused.value.message + refused.value.hint + caplog.text + repr(refused.value.__cause__)
+    assert wrong not in shown
+    assert PASSWORD not in shown
+
+
+def test_vmware_server_of_an_unknown_authority_is_refused(shop: Managed, make: Make) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make(certificates=None).check()
+    assert refused.value.code == "vsphere-certificate"
+
+
+def test_vmware_server_of_another_name_is_refused(
+    vcenter: Vcenter, shop: Managed, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """127.0.0.2 is this machine, and not in the certificate; the server listens on 127.0.0.1."""
+    import socket
+
+    real = socket.create_connection
+
+    def redirected(address: tuple[str, int], *args: Any, **more: Any) -> socket.socket:
+        return real(("127.0.0.1", address[1]), *args, **more)
+
+    monkeypatch.setattr(socket, "create_connection", redirected)
+    with pytest.raises(ConfigError) as refused:
+        make(server="vcenter.example.com").check()
+    assert refused.value.code == "vsphere-certificate"
+
+
+def test_vmware_thumbprint_is_enough_and_exact(vcenter: Vcenter, shop: Managed, make: Make) -> None:
+    make(certificates=None, thumbprint=vcenter.thumbprint).check()
+    other = issue("other", Wanted()).certificate.fingerprint
+    from cryptography.hazmat.primitives import hashes
+
+    with pytest.raises(ConfigError) as refused:
+        make(certificates=None, thumbprint=other(hashes.SHA256()).hex(":")).check()
+    assert refused.value.code == "vsphere-certificate"
+    assert vcenter.thumbprint in refused.value.message
+
+
+def test_vmware_thumbprint_is_looked_at_on_each_connection(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    """A connection that was lost is made again, perhaps by somebody between."""
+    part = make(certificates=None, thumbprint=vcenter.thumbprint)
+    part.check()
+    session = part._connected()
+    context = session._stub.schemeArgs["context"]
+    session._stub.DropConnections()
+    right, context.sha256 = context.sha256, bytes(32)
+    with pytest.raises(ConfigError, match="thumbprint"):
+        session.clock()
+    context.sha256 = right
+
+
+def test_vmware_server_that_does_not_listen_is_unavailable(shop: Managed, make: Make) -> None:
+    part = make(port=free_port())
+    with pytest.raises(UnavailableError) as refused:
+        part.check()
+    assert refused.value.code == "vsphere-unavailable"
+    assert part.undos()
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (vim.fault.NoPermission(privilegeId="VirtualMachine.State.CreateSnapshot"),
+         (PrivilegeError, "vsphere-privilege")),
+        (vim.fault.RestrictedVersion(), (PrivilegeError, "vsphere-read-only")),
+        (vim.fault.ApplicationQuiesceFault(), (UnavailableError, "quiesce-failed")),
+    ],
+)  # fmt: skip
+def test_vmware_faults_are_told_in_words(
+    fault: Any,
+    expected: tuple[type[OffloadError], str],
+    vcenter: Vcenter,
+    shop: Managed,
+    make: Make,
+) -> None:
+    kind, code = expected
+    vcenter.model.weather.fault = lambda m: fault if m == "CreateSnapshotEx_Task" else None
+    part = make()
+    part.check()
+    with pytest.raises(kind) as refused:
+        freeze(part)
+    assert refused.value.code == code
+    part.close()
+    assert vcenter.model.snapshot_names(shop) == []
+
+
+def test_vmware_vm_that_is_this_machine_is_refused(
+    vcenter: Vcenter, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload.quiescers import ourselves
+
+    here = ourselves.Machine(macs=frozenset({"00:50:56:00:00:77"}), uuid="", boot_id="b")
+    monkeypatch.setattr(ourselves, "this_machine", lambda: here)
+    vcenter.model.add_vm(VmPlan(name="me", instance_uuid="m", mac="00:50:56:00:00:77"))
+    with pytest.raises(PolicyError) as refused:
+        make("me").check()
+    assert refused.value.code == "would-freeze-ourselves"
+
+
+def test_vmware_vm_that_is_the_vcenter_is_refused(
+    vcenter: Vcenter, tmp_path: Path, make: Make
+) -> None:
+    vcenter.model.add_vm(VmPlan(name="vc", instance_uuid="v", addresses=("10.9.8.7",)))
+    tables = {"vc": vcenter.table(), "other": vcenter.table(server="10.9.8.7")}
+    entry = VmwareFreeze(kind="vmware", hypervisor="vc", vm="vc")
+    part = VmwarePart("vc", entry, make_instance(tmp_path, {"hypervisors": tables}))
+    with pytest.raises(PolicyError, match=r"the hypervisor other is on 10\.9\.8\.7"):
+        part.check()
+    part.close()
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+def test_vmware_snapshot_that_is_not_quiesced_is_refused_and_removed(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    vcenter.model.weather.quiesces = False
+    part = make()
+    part.check()
+    with pytest.raises(UnavailableError) as refused:
+        freeze(part)
+    assert refused.value.code == "not-quiesced"
+    part.close()
+    assert vcenter.model.snapshot_names(shop) == []
+
+
+def test_vmware_snapshot_that_is_late_is_removed_when_it_comes(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    """A deadline does not end the server's task."""
+    may_end = vcenter.model.weather.hold["CreateSnapshotEx_Task"] = threading.Event()
+    part = make()
+    part.check()
+    with pytest.raises(UnavailableError) as refused:
+        freeze(part, 0.5)
+    assert refused.value.code == "vsphere-late"
+    closing = threading.Thread(target=part.close)
+    closing.start()
+    assert vcenter.model.snapshot_names(shop) == []
+    may_end.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert vcenter.model.snapshot_names(shop) == []
+    assert "RemoveSnapshot_Task" in vcenter.model.calls
+
+
+def test_vmware_vm_busy_with_another_task_is_tried_again(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    busy = [vim.fault.TaskInProgress(task=vim.Task("t")) for _ in range(2)]
+    vcenter.model.weather.fault = lambda m: (
+        busy.pop() if m == "CreateSnapshotEx_Task" and busy else None
+    )
+    part = make()
+    part.check()
+    freeze(part)
+    assert busy == []
+    assert vcenter.model.snapshot_names(shop) == [part.snapshot_name]
+
+
+def test_vmware_snapshot_removed_by_others_is_noticed(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    part = make()
+    part.check()
+    freeze(part)
+    vcenter.model.drop_snapshot(shop, part.snapshot_name)
+    assert not part.still_frozen()
+    assert not part.unbroken
+    part.thaw()
+
+
+def test_vmware_session_that_has_expired_is_made_anew(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    part = make()
+    part.check()
+    freeze(part)
+    vcenter.model.end_sessions()
+    part.thaw()
+    assert vcenter.model.snapshot_names(shop) == []
+
+
+def test_vmware_removal_that_fails_is_said(vcenter: Vcenter, shop: Managed, make: Make) -> None:
+    part = make()
+    part.check()
+    freeze(part)
+    vcenter.model.weather.fault = lambda m: (
+        vim.fault.SnapshotFault() if m == "RemoveSnapshot_Task" else None
+    )
+    with pytest.raises(UnavailableError, match=part.snapshot_name) as failed:
+        part.thaw()
+    assert failed.value.code == "thaw-failed"
+    with pytest.raises(CleanupError):
+        part.close()
+
+
+def test_vmware_removal_that_is_late_is_said(
+    vcenter: Vcenter, shop: Managed, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vmware, "_REMOVE_S", 0.5)
+    may_end = vcenter.model.weather.hold["RemoveSnapshot_Task"] = threading.Event()
+    part = make()
+    part.check()
+    freeze(part)
+    with pytest.raises(UnavailableError) as failed:
+        part.thaw()
+    assert failed.value.code == "thaw-failed"
+    may_end.set()
+    monkeypatch.setattr(vmware, "_REMOVE_S", 30)
+    part.close()
+    assert vcenter.model.snapshot_names(shop) == []
+
+
+def test_vmware_vms_beyond_a_servers_share_wait_for_their_turn(
+    vcenter: Vcenter, make: Make, tmp_path: Path
+) -> None:
+    """Not more than five creations at once, whatever the number of VMs."""
+    model = vcenter.model
+    may_end = model.weather.hold["CreateSnapshotEx_Task"] = threading.Event()
+    parts = []
+    for number in range(7):
+        model.add_vm(VmPlan(name=f"vm{number}", instance_uuid=f"u{number}"))
+        parts.append(make(f"vm{number}"))
+        parts[-1].check()
+    threads = [threading.Thread(target=freeze, args=(part,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 30
+    while model.calls.count("CreateSnapshotEx_Task") < 5:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    last = make("vm0")
+    last.check()
+    with pytest.raises(UnavailableError) as late:
+        freeze(last, 0.2)
+    assert late.value.code == "freeze-late"
+    assert model.calls.count("CreateSnapshotEx_Task") == 5
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert model.calls.count("CreateSnapshotEx_Task") == 7
+
+
+# -- a VM without writers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("power", "clean", "reached"),
+    [
+        ("poweredOff", True, Consistency.FILESYSTEM),
+        ("poweredOff", False, Consistency.CRASH),
+        ("suspended", False, Consistency.CRASH),
+    ],
+)
+def test_vmware_vm_without_writers_counts_as_held(
+    power: str, clean: bool, reached: Consistency, vcenter: Vcenter, make: Make
+) -> None:
+    vcenter.model.add_vm(
+        VmPlan(name="off", instance_uuid="o", power=power, clean_power_off=clean, tools=False)
+    )
+    part = make("off")
+    part.check()
+    part.arm(10)
+    assert freeze(part) is reached
+    assert part.still_frozen()
+    part.thaw()
+    assert part.unbroken
+    assert not part.holds_nothing
+    assert part.image_at is None
+    assert "CreateSnapshotEx_Task" not in vcenter.model.calls
+
+
+def test_vmware_vm_started_meanwhile_was_not_held(vcenter: Vcenter, make: Make) -> None:
+    vm = vcenter.model.add_vm(VmPlan(name="off", instance_uuid="o", power="poweredOff"))
+    part = make("off")
+    part.check()
+    freeze(part)
+    vcenter.model.set_power(vm, "poweredOn")
+    assert not part.still_frozen()
+    assert not part.unbroken
+    with pytest.raises(UnavailableError, match="started just now"):
+        freeze(part)
+
+
+# -- after a kill ----------------------------------------------------------------------------------
+
+
+def test_vmware_undo_removes_what_a_dead_process_left(
+    vcenter: Vcenter, shop: Managed, make: Make, tmp_path: Path
+) -> None:
+    part = make()
+    part.check()
+    ((action, args),) = part.undos()
+    assert action == "remove-vm-snapshot"
+    assert PASSWORD not in str(args)
+    freeze(part)
+    vcenter.model.add_snapshot(shop, "of-a-user")
+    part._asked = False  # as if its process had died
+    for _ in range(2):
+        undo_remove(instance_of(tmp_path, vcenter.table()), NO_CATALOG, args)
+    assert vcenter.model.snapshot_names(shop) == ["of-a-user"]
+
+
+def test_vmware_undo_waits_for_a_snapshot_that_is_being_made(
+    vcenter: Vcenter, shop: Managed, make: Make, tmp_path: Path
+) -> None:
+    may_end = vcenter.model.weather.hold["CreateSnapshotEx_Task"] = threading.Event()
+    part = make()
+    part.check()
+    ((_, args),) = part.undos()
+    with pytest.raises(UnavailableError):
+        freeze(part, 0.3)
+    part._asked = False
+    undoing = threading.Thread(
+        target=undo_remove, args=(instance_of(tmp_path, vcenter.table()), NO_CATALOG, args)
+    )
+    undoing.start()
+    may_end.set()
+    undoing.join(60)
+    assert vcenter.model.snapshot_names(shop) == []
+
+
+def test_vmware_undo_of_a_vm_that_is_gone_succeeds(vcenter: Vcenter, tmp_path: Path) -> None:
+    args = {"hypervisor": "vc", "vm": "gone", "moref": "", "snapshot": "offload.x.y"}
+    for moref in ("", "vm-4711"):
+        undo_remove(instance_of(tmp_path, vcenter.table()), NO_CATALOG, {**args, "moref": moref})
+
+
+def test_vmware_undo_without_the_server_is_a_cleanup_error(
+    vcenter: Vcenter, tmp_path: Path
+) -> None:
+    args = {"hypervisor": "vc", "vm": "shop", "moref": "vm-1", "snapshot": "offload.x.y"}
+    with pytest.raises(CleanupError, match=r"offload\.x\.y of VM shop"):
+        undo_remove(instance_of(tmp_path, vcenter.table(port=free_port())), NO_CATALOG, args)
+
+
+def test_vsphere_session_ends_with_its_block(vcenter: Vcenter, tmp_path: Path) -> None:
+    config = instance_of(tmp_path, vcenter.table()).config.hypervisors["vc"]
+    with Vsphere(config) as session:  # type: ignore[arg-type]
+        assert vcenter.model.sessions == 1
+        assert abs(session.clock() - datetime.now(UTC)) < timedelta(seconds=10)
+    assert vcenter.model.sessions == 0
