@@ -62,7 +62,7 @@ class ProgramPart:
         return self._level
 
     def still_frozen(self) -> bool:
-        """The status phase."""
+        """Whether the guardian has not let go; the thaw phase tells the rest."""
         if not self._frozen:
             return False
         if not self._holder.still_frozen():
@@ -79,9 +79,11 @@ class ProgramPart:
         if not self._frozen:
             return
         self._frozen = False
-        self._holder.thaw()
-        if self._holder.broken:
-            self._break(self._holder.broken)
+        try:
+            self._holder.thaw()
+        finally:
+            if self._holder.broken:
+                self._break(self._holder.broken)
 
     def close(self) -> None:
         """End the guardian; thaws if that is due still."""

@@ -119,9 +119,11 @@ class SqlitePart:
         if not self._frozen:
             return
         self._frozen = False
-        self._holder.thaw()
-        if self._holder.broken:
-            self._break(self._holder.broken)
+        try:
+            self._holder.thaw()
+        finally:
+            if self._holder.broken:
+                self._break(self._holder.broken)
 
     def close(self) -> None:
         """End the guardian, and with it the lock."""

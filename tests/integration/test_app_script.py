@@ -132,7 +132,7 @@ def test_script_runs_each_phase_with_its_environment_and_is_heard(site: Site, ma
     part.thaw()
     part.thaw()
     assert part.unbroken
-    assert site.phases() == ["check", "freeze", "status", "thaw"]
+    assert site.phases() == ["check", "freeze", "thaw"]
     assert part.what == ("script:erp",)
     assert part.output == "tablespaces in backup mode"
     frozen = site.env("freeze")
@@ -144,7 +144,7 @@ def test_script_runs_each_phase_with_its_environment_and_is_heard(site: Site, ma
         "OFFLOAD_VM": "shop",
         "OFFLOAD_VOLUMES": "db",
     }
-    assert [site.env(phase)["OFFLOAD_HOLD"] for phase in ("check", "status", "thaw")] == [hold] * 3
+    assert [site.env(phase)["OFFLOAD_HOLD"] for phase in ("check", "thaw")] == [hold] * 2
 
 
 def test_script_gets_its_arguments_as_they_are(site: Site, make: Make) -> None:
@@ -211,35 +211,18 @@ def test_script_with_nothing_to_hold_is_not_thawed(site: Site, make: Make) -> No
     assert site.phases() == ["freeze"]
 
 
-def test_script_without_a_status_phase_is_taken_at_its_word(site: Site, make: Make) -> None:
-    site.on("status", "exit 3")
-    part = make()
-    arm_and_freeze(part)
-    assert part.still_frozen()
-
-
-@pytest.mark.parametrize("commands", ["echo opened by SYS; exit 1", "exit 2", "exec sleep 60"])
-def test_script_status_that_is_not_good_breaks_the_hold(
-    site: Site, make: Make, commands: str
+@pytest.mark.parametrize("status", [2, 3])
+def test_script_thaw_that_finds_it_let_go_breaks_the_hold(
+    site: Site, make: Make, status: int
 ) -> None:
-    site.on("status", commands)
-    part = make(timeout_s=2)
-    arm_and_freeze(part)
-    assert not part.still_frozen()
-    part.thaw()
-    assert not part.unbroken
-    assert "not held all the time" in part.output
-    assert site.phases() == ["freeze", "status", "thaw"]
-
-
-def test_script_thaw_that_finds_it_let_go_breaks_the_hold(site: Site, make: Make) -> None:
-    site.on("thaw", "exit 2")
+    site.on("thaw", f"exit {status}")
     part = make()
     arm_and_freeze(part)
     assert part.still_frozen()
     part.thaw()
     assert not part.unbroken
     assert "had ended before" in part.output
+    assert site.phases() == ["freeze", "thaw"]
 
 
 def test_script_thaw_that_fails_is_raised_and_done_again(site: Site, make: Make) -> None:

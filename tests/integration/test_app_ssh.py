@@ -137,7 +137,7 @@ def test_ssh_runs_each_phase_in_the_guest(guest: Guest, make: Make) -> None:
     assert part.still_frozen()
     part.thaw()
     assert part.unbroken
-    assert guest.phases() == ["check", "freeze", "status", "thaw"]
+    assert guest.phases() == ["check", "freeze", "thaw"]
     assert part.what == ("ssh:erp@127.0.0.1",)
     assert part.output == "in backup mode"
     env = (guest.folder / "env.freeze").read_text()
@@ -274,7 +274,6 @@ def test_ssh_server_gone_while_held_breaks_the_hold_and_is_thawed_when_it_is_bac
         arm_and_freeze(part)
     ((action, args),) = part.undos()
     assert action == "thaw-ssh"
-    assert not part.still_frozen()
     with pytest.raises(UnavailableError) as caught:
         part.thaw()
     assert caught.value.code == "thaw-failed"
