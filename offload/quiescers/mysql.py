@@ -35,6 +35,7 @@ from offload.quiescers.database import (
 from offload.secret_file import read_secret
 
 _CONNECT_S = 10
+_ARMED_S = 600.0
 _THAW_S = 5.0
 _BACKUP_STAGE_SINCE = (10, 4)
 _STAGES = ("START", "FLUSH", "BLOCK_DDL", "BLOCK_COMMIT")
@@ -215,13 +216,13 @@ class MysqlPart:
         """None: the lock goes with the connection."""
         return []
 
-    def arm(self, deadline_s: float) -> None:
-        """Connect, and set what ends the session if we hang."""
+    def arm(self, deadline_s: float) -> None:  # noqa: ARG002 - the timer is set by `freeze`
+        """Connect. Nothing is held yet: the session may wait for others that are armed."""
         until = time.monotonic() + _CONNECT_S
         self._session = _Session(self.name, self._entry)
         try:
             self._facts = self._look(self._session, until)
-            self._dead_man(self._session, time.monotonic() + deadline_s, until)
+            self._dead_man(self._session, time.monotonic() + _ARMED_S, until)
             # the redo log, in advance: under BLOCK_COMMIT there is little left of it
             self._session.query("FLUSH LOCAL ENGINE LOGS", until)
         except pymysql.MySQLError as error:
@@ -243,6 +244,7 @@ class MysqlPart:
         try:
             patience_s = max(1, math.ceil(limit - began))
             session.query(f"SET SESSION lock_wait_timeout = {patience_s}", limit)
+            self._dead_man(session, until, limit)
             for statement in _locking(facts):
                 session.query(statement, limit)
             took_ms = (time.monotonic() - began) * 1000
