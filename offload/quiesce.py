@@ -89,7 +89,8 @@ class Part(Protocol):
 
 @runtime_checkable
 class Flushes(Protocol):
-    """Of a Part that keeps nobody waiting: what `freeze` did is all of it (a CHECKPOINT)."""
+    """Of a Part that keeps nobody waiting: what `freeze` did is all of it (a CHECKPOINT, a VM
+    snapshot). Valid after `check`."""
 
     holds_nothing: bool
 
@@ -116,6 +117,11 @@ class Quiescer(Protocol):
     volumes: tuple[str, ...]  # which volumes' writers it holds
     freezes: tuple[str, ...]  # on whose own device it freezes a file system of this machine
     least: Consistency | None  # the least accepted of it; None: the group's
+
+    @property
+    def holds(self) -> bool:
+        """Whether the writers stand still from `freeze` to `thaw`; valid after `check`."""
+        ...
 
     def check(self) -> None:
         """As of Part."""

@@ -41,6 +41,7 @@ class LocalQuiescer:
 
     kind = "local"
     vm = ""
+    holds = True
     least: Consistency | None = None
     image_at = None
 

@@ -30,6 +30,7 @@ class QmpQuiescer:
 
     kind = "qmp"
     vm = ""
+    holds = True
     freezes: tuple[str, ...] = ()
     least: Consistency | None = None
     image_at = None

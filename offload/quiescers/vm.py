@@ -106,6 +106,14 @@ class VmQuiescer:
         self._freezer = Holding(freezer) if freezer is not None else None
         self._in_order = [*self._applications, *([self._freezer] if self._freezer else [])]
 
+    @property
+    def holds(self) -> bool:
+        """Not where its image is of an instant of its own: a VM snapshot."""
+        if self._freezer is None:
+            return True
+        part = self._freezer.part
+        return not (isinstance(part, Flushes) and part.holds_nothing)
+
     def check(self) -> None:
         """An application that does not answer fails the VM only if nothing less is accepted."""
         for holding in self._in_order:

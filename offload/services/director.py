@@ -156,8 +156,10 @@ class _Director:
         """Refuse what cannot end well before anything is frozen."""
         covered = {v for h in held for v in h.quiescer.volumes}
         missing = [v.name for v in self.volumes if v.name not in covered]
-        if not _one_instant(plans) and missing:
-            self._not_atomic(missing)
+        going_on = {v for h in held if not h.quiescer.holds for v in h.quiescer.volumes}
+        loose = [v.name for v in self.volumes if v.name in going_on or v.name not in covered]
+        if not _one_instant(plans) and loose:
+            self._not_atomic(loose)
         self._refuse_freezing_twice(held, states)
         reached = _reached_alone(plans)
         weak = [v for v in missing if reached[v].rank < self.least.rank]
@@ -319,7 +321,7 @@ class _Director:
     def _instant(self, reports: Sequence[QuiesceReport]) -> Instant:
         """HELD where each volume's writers, all of them, were held."""
         held = {v for r in reports if r.frozen for v in r.volumes}
-        loose = {v for r in reports if r.vm and not r.frozen for v in r.volumes}
+        loose = {v for r in reports if r.vm and (r.image_at or not r.frozen) for v in r.volumes}
         whole = all(v.name in held - loose for v in self.volumes)
         return Instant.HELD if whole else Instant.NONE
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from typing import Any, cast
 import pytest
 from pyVmomi import vim
 
+from offload import run
 from offload.catalog.store import Catalog
 from offload.configs.quiesce import VmwareFreeze
 from offload.errors import (
@@ -24,6 +28,7 @@ from offload.errors import (
     UnavailableError,
 )
 from offload.instance import Instance
+from offload.journal import CRASH_ENV
 from offload.model import Consistency
 from offload.quiescers import vmware
 from offload.quiescers.vmware import VmwarePart, undo_remove
@@ -55,6 +60,33 @@ def shop(vcenter: Vcenter) -> Managed:
 
 
 Make = Callable[..., VmwarePart]
+Command = Callable[..., run.Completed]
+
+CONFIG = """
+state_dir = "{folder}/state"
+runtime_dir = "{folder}/run"
+[volumes.lun1]
+provider = "reflink"
+path = "{pool}/lun1.raw"
+[volumes.lun2]
+provider = "reflink"
+path = "{pool}/lun2.raw"
+[groups.strict]
+volumes = ["lun1", "lun2"]
+consistency = "filesystem"
+[groups.loose]
+volumes = ["lun1", "lun2"]
+consistency = "filesystem"
+atomic = "record"
+[vms.shop]
+volumes = ["lun1", "lun2"]
+[vms.shop.freeze]
+kind = "vmware"
+hypervisor = "vc"
+vm = "shop"
+[hypervisors.vc]
+{vc}
+"""
 
 
 def instance_of(folder: Path, table: dict[str, Any]) -> Instance:
@@ -550,3 +582,64 @@ def test_vsphere_session_ends_with_its_block(vcenter: Vcenter, tmp_path: Path) -
         assert vcenter.model.sessions == 1
         assert abs(session.clock() - datetime.now(UTC)) < timedelta(seconds=10)
     assert vcenter.model.sessions == 0
+
+
+# -- a whole TimeMark ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offload(vcenter: Vcenter, shop: Managed, xfs_pool: Path, tmp_path: Path) -> Command:
+    """The command, with a group whose datastore is two volumes."""
+    for name in ("lun1", "lun2"):
+        (xfs_pool / f"{name}.raw").write_bytes(name.encode() * 4096)
+    vc = "\n".join(f"{k} = {json.dumps(v)}" for k, v in vcenter.table().items())
+    config = tmp_path / "offload.toml"
+    config.write_text(CONFIG.format(folder=tmp_path, pool=xfs_pool, vc=vc))
+    config.chmod(0o600)
+
+    def command(*words: str, **env: str) -> run.Completed:
+        argv = [str(Path(sys.executable).with_name("offload")), "--config", str(config), *words]
+        return run.run(argv, check=False, timeout_s=100, env=env)
+
+    return command
+
+
+@pytest.mark.needs_root
+def test_vmware_timemark_says_of_when_its_images_are(
+    offload: Command, vcenter: Vcenter, shop: Managed
+) -> None:
+    done = offload("--json", "timemark", "create", "loose")
+    assert done.status == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["instant"] == "none"  # its writers go on
+    assert made["consistency"] == "filesystem"
+    (report,) = made["reports"]
+    assert report["frozen"]
+    assert report["image_at"] is not None
+    assert "their parents are quiesced" in report["detail"]
+    assert vcenter.model.snapshot_names(shop) == []
+    assert vcenter.model.sessions == 0
+
+
+@pytest.mark.needs_root
+def test_vmware_vm_over_volumes_that_are_no_instant_is_refused(
+    offload: Command, vcenter: Vcenter
+) -> None:
+    refused = offload("--json", "timemark", "create", "strict")
+    assert json.loads(refused.stderr)["code"] == "not-atomic"
+    assert "CreateSnapshotEx_Task" not in vcenter.model.calls
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("step", ["timemark.armed", "timemark.frozen", "timemark.checked"])
+def test_vmware_timemark_killed_leaves_nothing_after_recover(
+    step: str, offload: Command, vcenter: Vcenter, shop: Managed
+) -> None:
+    killed = offload("timemark", "create", "loose", **{CRASH_ENV: step})
+    assert killed.status == -signal.SIGKILL
+    assert bool(vcenter.model.snapshot_names(shop)) == (step != "timemark.armed")
+    recovered = offload("recover")
+    assert recovered.status == 0, recovered.stderr
+    assert vcenter.model.snapshot_names(shop) == []
+    assert json.loads(offload("--json", "timemark", "list").stdout) == []
+    vcenter.model.end_sessions()  # that of the killed one would expire in half an hour
