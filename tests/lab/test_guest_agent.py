@@ -26,6 +26,7 @@ from offload.errors import CleanupError, NotFoundError, PolicyError, Unavailable
 from offload.guest_agent import AgentBusyError, GuestAgent
 from offload.instance import Instance
 from offload.model import Consistency
+from offload.quiescers import hook_report
 from offload.quiescers.guest_agent import GuestAgentPart, undo_thaw
 from offload.testing.guest_agent import PORT, STATE, RunningAgent, running_agent, start_agent
 from offload.testing.instances import make_instance
@@ -96,15 +97,17 @@ def site() -> Iterator[Site]:
         writer = guest.start(["python3", "-Sc", WRITER])
         made = Site(guest=guest, socket=socket, instance=make_instance(folder / "i", {}))
         yield made
-        made.clean()
-        writer.kill()
+        if guest.alive():
+            made.clean()
+            writer.kill()
 
 
 @pytest.fixture
 def agent(site: Site) -> Iterator[RunningAgent]:
     with running_agent(site.guest, site.socket) as made:
         yield made
-    site.clean()
+    if site.guest.alive():
+        site.clean()
 
 
 Make = Callable[..., GuestAgentPart]
@@ -417,27 +420,64 @@ def test_deadman_thaws_where_the_agent_is_dead_and_nobody_asks_any_more(
     assert not site.thaw("/mnt/b")
 
 
-def test_deadman_without_python_does_the_same(site: Site, hooked: HookedSite) -> None:
+def test_deadman_without_python_works_from_a_frozen_file_system(
+    site: Site, hooked: HookedSite
+) -> None:
+    """As where / is frozen: what it runs is on one that is."""
     hooked.use("deadman")
     hooked.set("DEADMAN_S=2")
     make = """
-import os, pathlib
-target = pathlib.Path("/run/nopython")
+import os, pathlib, shutil
+target = pathlib.Path("/mnt/a/bin")
 target.mkdir()
+for name in ("sh", "sed", "sleep", "fsfreeze"):
+    shutil.copy(shutil.which(name), target)
 for folder in ("/usr/bin", "/usr/sbin"):
     for name in os.listdir(folder):
-        if not name.startswith("python"):
-            (target / name).unlink(missing_ok=True)
+        if not name.startswith("python") and not (target / name).exists():
             (target / name).symlink_to(f"{folder}/{name}")
 """
     site.guest.run(["python3", "-c", make])
-    hooked.set("PATH=/run/nopython")
+    hooked.set("PATH=/mnt/a/bin")
     with armed(site, 60.0) as part:
         part.freeze(soon(60))
         wait_for(site.writes, 30)
         part.thaw()
         assert not part.unbroken
     assert "nobody had thawed within 2 s; it thawed:" in part.output
+    site.guest.run(["rm", "-r", "/mnt/a/bin"])
+
+
+def test_deadman_outlives_the_agent_s_service_under_systemd() -> None:
+    """Debian's own unit, which systemd restarts, ending all else in it; installed as documented."""
+    folder = Path(tempfile.mkdtemp(prefix="ofu-", dir="/tmp"))
+    socket, disk = folder / "ga", folder / "disk.raw"
+    disk.touch()
+    os.truncate(disk, 48 << 20)
+    run.run(["mkfs.ext4", "-q", str(disk)])
+    with Guest(folder, ports={PORT: socket}, visible=[ROOT], systemd=True) as guest:
+        device = guest.attach(disk)
+        guest.shell(f"""
+            modprobe -a virtio_console ext4; mkdir -p /mnt/a; mount {device} /mnt/a
+            cp -r {ROOT}/offload/guest_hooks/. /etc/qemu/
+            rm /etc/qemu/fsfreeze-hook.d/{{mysql,postgresql,sqlite}}
+            cd /etc/qemu
+            printf '[general]\\nfsfreeze-hook=/etc/qemu/offload-fsfreeze-hook\\n' >qemu-ga.conf
+            echo DEADMAN_S=4 >>/etc/qemu/offload-hooks.conf
+            udevadm trigger --subsystem-match=virtio-ports; udevadm settle
+            systemctl start qemu-guest-agent
+        """, timeout_s=120)  # fmt: skip
+        with GuestAgent(socket, 30) as agent:
+            assert agent.freeze([], 60) == 1
+        guest.run(["pkill", "-KILL", "-x", "qemu-ga"])
+        guest.shell("echo x >/mnt/a/x; sync -f /mnt/a/x", timeout_s=60)
+        with GuestAgent(socket, 30) as agent:
+            assert agent.frozen(), "the agent is back, and believes it"
+            assert agent.thaw(30) == 0
+            report = hook_report.parse(hook_report.read(agent))
+    assert report.complete
+    assert report.hooks["deadman"].thaw == 1
+    shutil.rmtree(folder)
 
 
 def test_agent_whose_hook_hangs_is_late_in_time_and_ends_thawed(site: Site) -> None:
@@ -580,3 +620,19 @@ def test_agent_guardian_killed_is_thawed_by_the_parent(site: Site, make: Make) -
     assert not part.still_frozen()
     assert not part.unbroken
     assert site.writes()
+
+
+def test_agent_guest_killed_while_frozen_hangs_nothing_and_is_told(site: Site, make: Make) -> None:
+    """The last test of this module: the guest is gone then."""
+    part = make()
+    part.freeze(soon())
+    os.kill(site.guest.pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert not part.still_frozen()
+    part.thaw()
+    part.close()
+    assert time.monotonic() - began < 10
+    assert not part.unbroken
+    assert "lost the guest agent" in part.output
+    undo_thaw(site.instance, NO_CATALOG, part.undos()[0][1])
+    assert markers(site.instance) == []
