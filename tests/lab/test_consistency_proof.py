@@ -7,17 +7,19 @@ all levels while its writers go on, and all checks afterwards, on the snapshots 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from offload.model import Consistency, Instant, TimeMark
+from offload.model import Consistency, Instant, Snapshot, TimeMark
 from offload.run import ProgramError, run
-from offload.services import mount
+from offload.services import director, mount
 from offload.services.context import Context
+from offload.services.held import Holding
 from offload.testing.pools import loop_pool
 from offload.testing.production import EXT4, XFS, ProductionVm, production_vm
 from offload.testing.production_databases import (
@@ -35,13 +37,14 @@ from offload.testing.production_images import (
     row_faults,
     xfs_faults_after_a_mount,
 )
-from offload.testing.production_load import full_load
+from offload.testing.production_load import Load, full_load
 from offload.testing.production_marks import Taken, instances, take
 
 # in this order: the only checkpoints are those of the application level
 COUNTS = {Consistency.FILESYSTEM: 15, Consistency.CRASH: 6, Consistency.APPLICATION: 15}
 STARTED = 4  # TimeMarks of a level on which the databases are started
 REPAIRED = 5  # on which xfs_repair looks, after a mount
+TOO_LATE = 2  # TimeMarks of a director with a fault
 BETWEEN = 2  # numbers that every writer commits between two TimeMarks
 POOL_BYTES = 8 << 30  # sparse
 
@@ -53,6 +56,7 @@ class Evidence:
     """What was left when the guest was gone. `work` is in the pool."""
 
     marks: Mapping[Consistency, list[Taken]]
+    too_late: list[Taken]  # labelled `filesystem` by a director that thawed before its snapshots
     contexts: Mapping[Consistency, Context]
     digests: Mapping[int, str]  # of the small files
     folder: Path
@@ -73,24 +77,55 @@ def evidence() -> Iterator[Evidence]:
         pool = stack.enter_context(loop_pool(folder / "pool", "xfs", size_bytes=POOL_BYTES))
         with production_vm(folder, pool) as vm:
             contexts = stack.enter_context(instances(vm, folder))
-            marks, digests = _take_all(vm, contexts)
+            marks, too_late, digests = _take_all(vm, contexts)
         work = pool / "work"
         work.mkdir()
-        yield Evidence(marks=marks, contexts=contexts, digests=digests, folder=folder, work=work)
+        yield Evidence(
+            marks=marks,
+            too_late=too_late,
+            contexts=contexts,
+            digests=digests,
+            folder=folder,
+            work=work,
+        )
 
 
 def _take_all(
     vm: ProductionVm, contexts: Mapping[Consistency, Context]
-) -> tuple[dict[Consistency, list[Taken]], dict[int, str]]:
+) -> tuple[dict[Consistency, list[Taken]], list[Taken], dict[int, str]]:
     marks: dict[Consistency, list[Taken]] = {}
     with full_load(vm.writer_port, vm.postgres, vm.mariadb) as (load, files):
         for level, count in COUNTS.items():
-            marks[level] = []
-            for _ in range(count):
-                load.wait_more(BETWEEN)
-                marks[level].append(take(contexts[level], vm, load))
+            marks[level] = _take(contexts[level], vm, load, count)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(director._Director, "_hold_and_snapshot", _thaw_then_snapshot(load))
+            too_late = _take(contexts[Consistency.FILESYSTEM], vm, load, TOO_LATE)
         load.wait_more(BETWEEN)  # it went on after the last one too
-    return marks, files.digests
+    return marks, too_late, files.digests
+
+
+def _take(ctx: Context, vm: ProductionVm, load: Load, count: int) -> list[Taken]:
+    taken = []
+    for _ in range(count):
+        load.wait_more(BETWEEN)
+        taken.append(take(ctx, vm, load))
+    return taken
+
+
+def _thaw_then_snapshot(load: Load) -> Callable[[Any, Any, Holding], list[Snapshot]]:
+    """The director's heart with its worst fault: all was held, and it says so; but it was let go
+    before the snapshots."""
+
+    def hold_and_snapshot(self: Any, plans: Any, held: Holding) -> list[Snapshot]:
+        held.arm()
+        held.hold()
+        held.freeze()
+        held.check_unbroken()
+        self.freeze_ms = held.thaw()
+        load.wait_more(2)  # one was in flight while it was held; the next one was not
+        return [made for provider, plan in plans for made in provider.snapshot(plan)]
+
+    return hold_and_snapshot
 
 
 def spread(marks: list[Taken], count: int) -> list[Taken]:
@@ -237,6 +272,16 @@ def test_image_of_a_later_timemark_holds_numbers_that_are_seen_as_later(evidence
         assert "after the hold" in str(file_faults(exchanged, points, evidence.digests))
         assert "after the hold" in str(pair_faults(exchanged, points))
         assert "after the hold" in str(row_faults(exchanged, points, evidence.work))
+
+
+def test_marks_of_a_director_that_thaws_too_early_hold_what_came_after(evidence: Evidence) -> None:
+    for taken in evidence.too_late:
+        assert taken.level is Consistency.FILESYSTEM  # it believes so
+        with as_they_are(taken, evidence.work) as points:
+            assert "after the hold" in str(pair_faults(taken, points))
+        with databases(evidence, taken) as (postgres, mariadb):
+            assert "after the hold" in str(postgres.faults)
+            assert "after the hold" in str(mariadb.faults)
 
 
 def test_crash_mark_beside_an_application_mark_replays_more(evidence: Evidence) -> None:
