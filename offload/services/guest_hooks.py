@@ -72,5 +72,5 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.new")
     fresh.write_bytes(source.read_bytes())
-    fresh.chmod(0o755 if source.stat().st_mode & 0o100 else 0o644)
+    fresh.chmod(0o644 if target.name in (SETTINGS, _LIBRARY) else 0o755)
     fresh.replace(target)

@@ -559,6 +559,42 @@ def test_agent_show_tells_what_the_guest_is(
     assert json.loads(capsys.readouterr().out)["file_systems"][0]["mount"] == "/"
 
 
+def test_timemark_of_a_freeze_that_broke_is_refused_or_labelled(
+    serve: Serve, config: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Known only at the thaw, when the snapshot is made already."""
+    (folder / "db.raw").write_bytes(bytes(1 << 20))
+    only = f"""
+        state_dir = "{folder}/state"
+        runtime_dir = "{folder}/run"
+        [volumes.db]
+        provider = "copy"
+        path = "{folder}/db.raw"
+        [vms.shop]
+        volumes = ["db"]
+        freeze = {{ kind = "qemu-ga", socket = "{folder}/ga" }}
+        [groups.g]
+        volumes = ["db"]
+        atomic = "record"
+    """
+    config.write_text(only)
+    agent = serve(**Freezing().answers())
+    command = ["--config", str(config), "--json", "timemark", "create", "g"]
+    assert cli([*command, "--consistency", "filesystem"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["consistency"] == "filesystem"
+    assert made["reports"][0]["parts"][0]["unbroken"]
+    agent.answers.update({k.replace("_", "-"): v for k, v in Freezing(thaw=1).answers().items()})
+    assert cli([*command, "--consistency", "filesystem"]) == 9
+    assert "1 were so at the thaw" in capsys.readouterr().err
+    assert cli([*command, "--consistency", "crash"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["consistency"] == "crash"
+    assert not made["reports"][0]["frozen"]
+    assert cli(["--config", str(config), "--json", "timemark", "list"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
+
+
 def test_agent_show_of_a_frozen_guest_says_so(
     serve: Serve, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
