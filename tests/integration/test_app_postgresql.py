@@ -22,6 +22,7 @@ from offload.errors import ConfigError, UnavailableError
 from offload.instance import Instance
 from offload.model import Consistency
 from offload.quiescers.postgresql import PostgresqlPart
+from offload.quiescers.vm import VmQuiescer
 from offload.testing.certificates import make_authority, write_server
 from offload.testing.daemon import give, open_folder, run_as, stopped
 from offload.testing.instances import free_port, make_instance
@@ -283,6 +284,26 @@ def test_postgresql_holds_nobody(
     assert part.still_frozen()
     part.thaw()
     part.close()
+
+
+def test_postgresql_in_a_vm_has_held_nobody_for_no_time(
+    shared: RunningPostgres, make: Make
+) -> None:
+    vm = VmQuiescer(
+        "shop",
+        volumes=(),
+        least=Consistency.APPLICATION,
+        applications=[make(shared)],
+        freezer=None,
+    )
+    vm.check()
+    vm.arm(30)
+    vm.hold(time.monotonic() + 30)
+    vm.thaw()
+    (part,) = vm.parts
+    assert (part.ok, part.unbroken, part.held_ms) == (True, True, 0.0)
+    assert part.freeze_ms > 0
+    vm.close()
 
 
 def test_postgresql_role_with_pg_checkpoint_is_enough(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 
 from offload import run
 from offload.errors import OffloadError
+from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.model import Consistency, TimeMark
 from offload.services import director
 from offload.services.context import Context, open_context
@@ -241,3 +244,25 @@ def test_database_that_lets_go_while_held_is_not_called_consistent(
     level, parts = report_of(mark)
     assert level is Consistency.FILESYSTEM
     assert parts == {"script": True, "mysql": False, "sqlite": True, "local": True}
+
+
+def test_command_killed_at_each_step_leaves_no_application_held(site: Site) -> None:
+    with site.open():
+        pass  # the configuration is written, the instance made
+    command = [sys.executable, "-m", "offload.cli", "--config", str(site.folder / "offload.toml")]
+    create = [*command, "timemark", "create", "shop"]
+    trace = site.folder / "trace"
+    run.run(create, env={TRACE_ENV: str(trace)})
+    steps = list(dict.fromkeys(trace.read_text().split()))
+    steps = steps[steps.index("timemark.armed") : steps.index("timemark.settled")]
+    assert {"timemark.frozen", "timemark.checked", "timemark.thawed"} <= set(steps)
+    with writing(site) as writers:
+        for step in steps:
+            assert run.run(create, env={CRASH_ENV: step}, check=False).status == -signal.SIGKILL
+            writers.reach(3)
+            run.run([*command, "recover"])
+            assert list((site.folder / "run").glob("*/holds/*")) == [], step
+            phases = site.script().split()
+            assert phases.count("freeze") == phases.count("thaw"), step
+    with site.open() as ctx:
+        assert len(ctx.catalog.timemarks()) == 1, "the traced one"

@@ -106,7 +106,13 @@ def test_module_imports_only_downwards(name: str) -> None:
 
 
 def _drivers() -> set[str]:
-    tables = (compose.PROVIDERS, compose.TARGETS, compose.STORES)
+    tables = (
+        compose.PROVIDERS,
+        compose.TARGETS,
+        compose.STORES,
+        compose.FREEZERS,
+        compose.APPLICATIONS,
+    )
     named = {place.partition(":")[0] for table in tables for place in table.values()}
     return named | {found for found in imports_of("offload.compose") if _inside(found, *FAMILIES)}
 
