@@ -33,11 +33,14 @@ _MAC = re.compile(r"<mac address=['\"]([0-9A-Fa-f:]{17})['\"]")
 # of virErrorNumber, libvirt/virterror.h
 _NO_CONNECTION = frozenset({5, 6, 38, 39})  # NO_CONNECT, INVALID_CONN, SYSTEM_ERROR, RPC
 _DENIED = frozenset({29, 45, 79, 88, 94})  # OPERATION_DENIED, AUTH_…, ACCESS_DENIED
+_NO_SUPPORT = 3
 _NO_DOMAIN = 42
 _NOT_RUNNING = 55  # OPERATION_INVALID
 _BUSY = 68  # OPERATION_TIMEOUT: another job has the domain
 _NO_AGENT = 74  # ARGUMENT_UNSUPPORTED: no channel in the domain's definition
 _AGENT_SILENT = frozenset({86, 97})  # AGENT_UNRESPONSIVE, AGENT_UNSYNCED
+
+_loading = threading.Lock()
 
 
 class DomainState(StrEnum):
@@ -75,12 +78,18 @@ def bindings() -> str | None:
     return str(Path(found.origin).parent) if found is not None and found.origin else None
 
 
-@cache
-def _load(folder: str | None) -> Any:
-    """The bindings, with the thread that answers keep-alives; `folder` where they may be, for a
-    Python that was started without site packages."""
+def _load(folder: str | None) -> tuple[Any, Any]:
+    """The bindings; `folder` where they may be, for a Python that was started without site
+    packages."""
     if folder is not None and folder not in sys.path:
         sys.path.append(folder)
+    with _loading:  # VMs are looked at side by side, and there is to be one thread for events
+        return _bindings()
+
+
+@cache
+def _bindings() -> tuple[Any, Any]:
+    """libvirt and libvirt_qemu, with the one thread that answers keep-alives."""
     try:
         import libvirt
         import libvirt_qemu
@@ -163,6 +172,15 @@ class Libvirt:
         except self._libvirt.libvirtError as error:
             raise _error(error, f"domain {domain}") from error
 
+    def job(self, domain: Any) -> dict[str, Any]:
+        """What it is busy with; empty where the driver knows no jobs."""
+        try:
+            return dict(domain.jobStats())
+        except self._libvirt.libvirtError as error:
+            if error.get_error_code() == _NO_SUPPORT:
+                return {}
+            raise
+
     def agent(self, domain: Any, command: str, timeout_s: float) -> str:
         """One command to the guest agent, as it is. libvirt waits for whole seconds."""
         answer: str = self._qemu.qemuAgentCommand(domain, command, max(1, int(timeout_s)), 0)
@@ -187,7 +205,7 @@ class Domain:
         return state
 
     def _migrating(self) -> bool:
-        return self._handle.jobStats().get("operation") in _MIGRATIONS
+        return self._link.job(self._handle).get("operation") in _MIGRATIONS
 
     def shut_itself_down(self) -> bool:
         """Of one that is off: whether its guest ended in good order, as far as libvirt knows."""
