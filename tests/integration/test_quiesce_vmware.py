@@ -175,6 +175,9 @@ def test_vmware_windows_reaches_application_with_vss_writers(
     part = make("win")
     part.check()
     assert freeze(part) is reached
+    (spec,) = vcenter.model.specs
+    assert isinstance(spec, vim.vm.WindowsQuiesceSpec)
+    assert (spec.vssBackupContext, spec.vssBackupType) == ("ctx_backup", 5)
 
 
 def test_vmware_independent_disk_is_not_quiesced_and_said(vcenter: Vcenter, make: Make) -> None:

@@ -49,12 +49,16 @@ class Weather:
 
 
 class Model:
-    """Answers calls as a vCenter does. `calls` has their names in order. Thread safe."""
+    """Answers calls as a vCenter does. `calls` has their names in order. Thread safe.
+
+    A property is read by its object's own call (Fetch), many by the property collector.
+    """
 
     def __init__(self, user: str, password: str) -> None:
         self._login = (user, password)
         self.weather = Weather()
         self.calls: list[str] = []
+        self.specs: list[Any] = []  # how snapshots were to be quiesced
         self._changed = threading.Condition(threading.RLock())
         self._numbers = itertools.count(1)
         self._objects: dict[str, Managed] = {}
@@ -341,6 +345,7 @@ class Model:
     ) -> Any:
         """With a quiesceSpec the guest has to run, with Tools ("If the flag is set … VMware Tools
         must be installed and running")."""
+        self.specs.append(quiesceSpec)
         guest = of.properties["guest"]
         if quiesceSpec is not None and guest.toolsRunningStatus != "guestToolsRunning":
             raise SoapFault(vim.fault.ToolsUnavailable(), "Cannot complete operation: no Tools")
