@@ -26,7 +26,7 @@ from offload.ids import new_id
 from offload.instance import Instance
 from offload.model import Consistency
 from offload.quiescers import ourselves
-from offload.vsphere import Vsphere, all_snapshots
+from offload.vsphere import TaskLateError, Vsphere, all_snapshots
 
 if TYPE_CHECKING:  # a thaw never loads the catalog
     from offload.catalog.store import Catalog
@@ -204,7 +204,7 @@ class VmwarePart:
         try:
             self._remove(until)
         except OffloadError as first:
-            if getattr(first, "code", "") == "vsphere-late":
+            if isinstance(first, TaskLateError):
                 raise self._stuck(first) from first
             self._hang_up()  # an expired session, a vCenter that was restarted
             try:
