@@ -8,6 +8,7 @@ reached from here, over forwarded ports with passwords, as a backup proxy does i
 from __future__ import annotations
 
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,30 +96,32 @@ def production_vm(
     """Booted, its databases answering. `folder` is a short path that other users can reach; the
     disks are made in `pool`."""
     passwords = {name: secrets.token_hex(16) for name in (_WRITER, BACKUP_USER)}
-    templates = folder / "templates"
-    templates.mkdir()
-    _make_postgres(templates / "postgres", folder / "p", passwords)
-    _make_mariadb(templates / "mariadb", folder / "m", passwords)
     for server in ("postgres", "mariadb"):
         path = folder / f"{server}.password"
+        path.touch(mode=0o600)
         path.write_text(passwords[BACKUP_USER] + "\n")
-        path.chmod(0o600)
-    with plain_vm(
-        folder, pool, memory_mib=memory_mib, disk_bytes=disk_bytes, visible=[templates]
-    ) as plain:
-        servers = _start_databases(plain.guest, templates)
-        vm = ProductionVm(
-            guest=plain.guest,
-            folder=folder,
-            disks=plain.disks,
-            agent=plain.agent,
-            writer_port=plain.writer_port,
-            postgres=_login(plain.guest.forward(_POSTGRES_PORT), passwords),
-            mariadb=_login(plain.guest.forward(_MARIADB_PORT), passwords),
-        )
-        _wait(servers, "postgres", lambda: connect_postgres(vm.postgres).close())
-        _wait(servers, "mariadb", lambda: connect_mariadb(vm.mariadb).close())
-        yield vm
+    # not in `folder`: the guest has a /dev/shm of its own
+    with tempfile.TemporaryDirectory(prefix="templates") as name:
+        templates = Path(name)
+        templates.chmod(0o755)
+        _make_postgres(templates / "postgres", folder / "p", passwords)
+        _make_mariadb(templates / "mariadb", folder / "m", passwords)
+        with plain_vm(
+            folder, pool, memory_mib=memory_mib, disk_bytes=disk_bytes, visible=[templates]
+        ) as plain:
+            servers = _start_databases(plain.guest, templates)
+            vm = ProductionVm(
+                guest=plain.guest,
+                folder=folder,
+                disks=plain.disks,
+                agent=plain.agent,
+                writer_port=plain.writer_port,
+                postgres=_login(plain.guest.forward(_POSTGRES_PORT), passwords),
+                mariadb=_login(plain.guest.forward(_MARIADB_PORT), passwords),
+            )
+            _wait(servers, "postgres", lambda: connect_postgres(vm.postgres).close())
+            _wait(servers, "mariadb", lambda: connect_mariadb(vm.mariadb).close())
+            yield vm
 
 
 @contextmanager
