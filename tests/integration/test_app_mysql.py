@@ -126,6 +126,7 @@ class Writer:
     def __init__(self, server: RunningMariadb, table: str = "t") -> None:
         self.last = -1
         self._stop = False
+        self._server = server
         self._connection = server.connect()
         self._table = table
         with self._connection.cursor() as cursor:
@@ -138,6 +139,17 @@ class Writer:
             while not self._stop:
                 cursor.execute(f"INSERT INTO shop.{self._table} VALUES ({self.last + 1})")  # noqa: S608
                 self.last += 1
+
+    def waits(self, within_s: float = 20.0) -> int:
+        """Until the server says that it waits for the lock; returns the last acknowledged row."""
+        waiting = (
+            "SELECT id FROM information_schema.processlist WHERE state LIKE 'Waiting for %lock'"
+        )
+        until = time.monotonic() + within_s
+        while not self._server.execute(waiting):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return self.last
 
     def goes_on(self, within_s: float = 20.0) -> bool:
         was, until = self.last, time.monotonic() + within_s
@@ -225,8 +237,7 @@ def test_mysql_held_under_a_writer_has_exactly_the_acknowledged_rows(
     assert arm_and_freeze(part) is Consistency.APPLICATION
     assert part.what == ("shop",)
     assert ("BACKUP STAGE" in part.output) == (path == "backup-stage")
-    time.sleep(0.2)  # for an acknowledgement on its way
-    acknowledged = writer.last
+    acknowledged = writer.waits()
     assert not writer.goes_on(0.5)
     image = copy_of(own.data, folder / "image")
     assert part.still_frozen()
@@ -265,8 +276,7 @@ def test_mysql_commits_that_wait_in_memory_are_in_the_image(
         prepare(server)
         writer, part = write(server), make(server)
         arm_and_freeze(part)
-        time.sleep(0.2)
-        acknowledged = writer.last
+        acknowledged = writer.waits()
         image = copy_of(data, folder / "lazy-image")
         part.thaw()
         writer.end()
@@ -298,7 +308,7 @@ def test_mysql_writer_of_each_engine_waits(
 ) -> None:
     writer, part = write(shared, table), make(shared)
     arm_and_freeze(part)
-    time.sleep(0.2)
+    writer.waits()
     assert not writer.goes_on(0.3)
     part.thaw()
     assert writer.goes_on()
@@ -436,7 +446,7 @@ def test_mysql_server_ends_the_hold_of_a_director_that_hangs(
     process = director(shared, tmp_path, 2)
     try:
         process.send_signal(signal.SIGSTOP)
-        time.sleep(0.2)
+        writer.waits()
         assert not writer.goes_on(0.3)
         assert writer.goes_on()
     finally:
@@ -449,7 +459,7 @@ def test_mysql_wait_timeout_passed_breaks_the_hold(
 ) -> None:
     writer, part = write(shared), make(shared)
     arm_and_freeze(part, 1.0)
-    time.sleep(0.1)
+    writer.waits()
     assert writer.goes_on()
     assert not part.still_frozen()
     part.thaw()
@@ -462,7 +472,7 @@ def test_mysql_director_killed_lets_commits_go_on(
     writer = write(shared)
     process = director(shared, tmp_path, 60)
     try:
-        time.sleep(0.2)
+        writer.waits()
         assert not writer.goes_on(0.3)
     finally:
         process.kill()
