@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,13 +35,14 @@ from offload.snapshots import lvmthin_delta, lvmthin_names, lvmthin_pool, lvmthi
 from offload.snapshots.lvmthin import LvmThinProvider
 from offload.snapshots.lvmthin_lvm import LogicalVolume
 from offload.testing.snapshot_provider import INSTANCE, SnapshotProviderContract, taken
-from offload.testing.thinpool import ThinPool, lvm, thin_pool, udev
+from offload.testing.thinpool import ThinPool, lvm, lvm_script, thin_pool, udev
 
 pytestmark = pytest.mark.in_guest(timeout_s=2400)
 
 MIB = 1 << 20
 BLOCK = 64 << 10  # of the pool
 SIZE = 8 * MIB
+MANY = int(os.environ.get("OFFLOAD_TEST_SNAPSHOTS", "32"))  # of one volume; 255 takes long
 QUICK = '--config "backup { backup = 0 archive = 0 }" --noudevsync'
 
 
@@ -60,16 +61,14 @@ def pool(kernel: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Thi
 
 @pytest.fixture
 def volumes(pool: ThinPool) -> Iterator[tuple[Volume, ...]]:
-    made = tuple(add_volume(pool) for _ in range(2))
-    yield made
-    lvm("lvremove", "--force", *(str(volume.path) for volume in made))
+    with pool.lend(SIZE) as first, pool.lend(SIZE) as second:
+        yield volume_of(first), volume_of(second)
 
 
 @pytest.fixture
 def volume(pool: ThinPool) -> Iterator[Volume]:
-    made = add_volume(pool)
-    yield made
-    lvm("lvremove", "--force", str(made.path))
+    with pool.lend(SIZE) as path:
+        yield volume_of(path)
 
 
 @pytest.fixture
@@ -78,8 +77,11 @@ def provider() -> LvmThinProvider:
 
 
 def add_volume(pool: ThinPool, size_bytes: int = SIZE) -> Volume:
-    name = new_id()
-    return Volume(name=name, provider="lvmthin", path=pool.add(name, size_bytes))
+    return volume_of(pool.add(new_id(), size_bytes))
+
+
+def volume_of(path: Path) -> Volume:
+    return Volume(name=path.name, provider="lvmthin", path=path)
 
 
 def write(volume: Volume, offset: int, data: bytes) -> None:
@@ -114,12 +116,13 @@ class TestLvmThinProvider(SnapshotProviderContract):
     def test_snapshots_255_of_one_volume_all_stay_readable(
         self, provider: SnapshotProvider, volumes: tuple[Volume, ...]
     ) -> None:
-        """As in the contract, but 250 of them are made and deleted by one process of LVM, in the
-        way of the provider: a process takes half a second in the guest."""
+        """As in the contract, but most of them are made and deleted by one process of LVM, in the
+        way of the provider, and so many only where asked for: each command rewrites what LVM knows
+        of all, which is ten minutes of an emulated processor for 255."""
         volume = volumes[0]
         vg, origin = lvmthin_names.place_of(volume)
         tag = lvmthin_names.tag_of(INSTANCE)
-        refs = [{"vg": vg, "lv": f"{tag}.tmany{n:05}.{origin}"} for n in range(255)]
+        refs = [{"vg": vg, "lv": f"{tag}.tmany{n:05}.{origin}"} for n in range(MANY)]
         made: list[Snapshot] = []
         try:
             for number in (0, 1):
@@ -129,28 +132,24 @@ class TestLvmThinProvider(SnapshotProviderContract):
             write(volume, 4096, (2).to_bytes(8, "big"))
             make = f"lvcreate {QUICK} -s -pr -ky --addtag {tag} {vg}/{origin} -n"
             lvm_script(f"{make} {ref['lv']}" for ref in refs[2:-2])
-            for number in (253, 254):
+            for number in (MANY - 2, MANY - 1):
                 write(volume, 4096, number.to_bytes(8, "big"))
                 made += take(provider, f"tmany{number:05}", volume)
-            middle = [replace(made[0], ref=refs[number]) for number in (2, 100, 252)]
+            middle = [replace(made[0], ref=refs[number]) for number in (2, MANY // 2, MANY - 3)]
             shown = [self.read(provider, s, 4096, 8) for s in (*made, *middle)]
-            assert [int.from_bytes(data, "big") for data in shown] == [0, 1, 253, 254, 2, 2, 2]
+            assert [int.from_bytes(data, "big") for data in shown] == [
+                0, 1, MANY - 2, MANY - 1, 2, 2, 2
+            ]  # fmt: skip
             assert provider.changed(made[0], made[-1]) == [(0, BLOCK)]
             found = provider.leftovers([volume])
             assert sorted(ref["lv"] for ref in found) == [ref["lv"] for ref in refs]
             for snapshot in (*made, *middle):
                 provider.delete(dict(snapshot.ref))
-            assert len(provider.leftovers([volume])) == 248
+            assert len(provider.leftovers([volume])) == MANY - 7
         finally:
             rest = [ref["lv"] for ref in provider.leftovers([volume])]
             lvm_script(f"lvremove {QUICK} -y {vg}/{name}" for name in rest)
         assert provider.leftovers([volume]) == []
-
-
-def lvm_script(lines: Iterable[str]) -> None:
-    """Many commands in one process of LVM."""
-    done = run(["lvm"], stdin="\n".join(lines).encode(), timeout_s=600)
-    assert "rror" not in done.stderr, done.stderr
 
 
 # -- what is looked at ------------------------------------------------------------------------
@@ -600,7 +599,7 @@ def compared(provider: LvmThinProvider, older: Snapshot, newer: Snapshot) -> Ran
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_changed_holds_all_that_a_comparison_finds(
     provider: LvmThinProvider, pool: ThinPool, volume: Volume, seed: int
 ) -> None:
