@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-JOBS ?= 4
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help system install check test lab bench demo lock clean
@@ -30,7 +30,9 @@ test: install ## all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@# a short folder: the paths of unix sockets are limited
+	folder=$$(mktemp -d /tmp/ot-XXXX); trap 'rm -rf "$$folder"' EXIT; \
+	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --basetemp="$$folder/t"
 
 lab: install ## a shell in the lab guest, where the kernel's own parts run
 	@$(PY) -m offload.testing.lab

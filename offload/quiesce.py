@@ -119,6 +119,12 @@ class Quiescer(Protocol):
     least: Consistency | None  # the least accepted of it; None: the group's
 
     @property
+    def held_since(self) -> float | None:
+        """When the first writer may have been held (`time.monotonic`): 0 where nobody is, None
+        where that is not told apart from the beginning of `hold`. Valid after `freeze`."""
+        ...
+
+    @property
     def holds(self) -> bool:
         """Whether the writers stand still from `freeze` to `thaw`; valid after `check`."""
         ...

@@ -19,7 +19,7 @@ from offload.target import ExportRequest
 from targets import handshake
 from targets.command import Command
 
-_READY_S = 10.0
+_READY_S = 30.0  # of a busy machine
 _GRACE_S = 0.5
 
 

@@ -29,7 +29,7 @@ from offload.filelock import alone
 from offload.iscsi import portal
 from targets.tgt_mgmt import Management, TgtGoneError
 
-_READY_S = 10.0
+_READY_S = 30.0  # of a busy machine
 _ENDS_S = 5.0
 _LOG_MAX = 1 << 20  # bytes
 _SUN_PATH_MAX = 107  # bytes of a unix socket address, sys/un.h

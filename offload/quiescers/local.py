@@ -44,6 +44,7 @@ class LocalQuiescer:
     holds = True
     least: Consistency | None = None
     image_at = None
+    held_since: float | None = None
 
     def __init__(self, entry: LocalQuiesce, volumes: tuple[str, ...], instance: Instance) -> None:
         self._entry = entry

@@ -30,6 +30,7 @@ from offload.quiescers.database import (
     failed,
     hung_up,
     on_this_machine,
+    one_line,
     unreachable,
 )
 from offload.secret_file import read_secret
@@ -41,6 +42,7 @@ _BACKUP_STAGE_SINCE = (10, 4)
 _STAGES = ("START", "FLUSH", "BLOCK_DDL", "BLOCK_COMMIT")
 _BINARY_LOG_STATUS_SINCE = (8, 2)  # of MySQL, in place of SHOW MASTER STATUS
 _MAY_NOT = frozenset({1044, 1142, 1227})  # ER_DBACCESS_DENIED, ER_TABLEACCESS_, ER_SPECIFIC_
+_UNKNOWN_VARIABLE = 1193  # ER_UNKNOWN_SYSTEM_VARIABLE
 _LSN = "SHOW GLOBAL STATUS WHERE Variable_name IN ('Innodb_lsn_current', 'Innodb_lsn_flushed')"
 _LOOK_S = 0.02
 _OF_THE_SERVER = frozenset({"information_schema", "mysql", "performance_schema", "sys"})
@@ -171,6 +173,7 @@ class MysqlPart:
         self._facts: _Facts | None = None
         self._held = False
         self._said: list[str] = []
+        self._flushed = ""
         self.what: tuple[str, ...] = ()
         self.unbroken = True
 
@@ -225,9 +228,25 @@ class MysqlPart:
             self._dead_man(self._session, time.monotonic() + _ARMED_S, until)
             # the redo log, in advance: under BLOCK_COMMIT there is little left of it
             self._session.query("FLUSH LOCAL ENGINE LOGS", until)
+            self._checkpoint(self._session, self._facts, time.monotonic() + self._entry.timeout_s)
         except pymysql.MySQLError as error:
             self.close()
             raise failed(self.name, "getting ready", error, until) from error
+
+    def _checkpoint(self, session: _Session, facts: _Facts, until: float) -> None:
+        """Have InnoDB write back all that is changed, so that a start from the image has little to
+        redo. Nobody waits for it. MySQL knows it in debug builds only."""
+        if not facts.mariadb:
+            return
+        began = time.monotonic()
+        try:
+            session.query("SET GLOBAL innodb_log_checkpoint_now = ON", until)
+        except pymysql.MySQLError as error:
+            if not error.args or error.args[0] not in (*_MAY_NOT, _UNKNOWN_VARIABLE):
+                raise
+            self._flushed = f"no checkpoint (grant SUPER for a shorter redo): {one_line(error)}"
+            return
+        self._flushed = f"checkpoint in {(time.monotonic() - began) * 1000:.0f} ms"
 
     def _dead_man(self, session: _Session, deadline: float, until: float) -> None:
         left_s = max(1, math.ceil(deadline - time.monotonic()))
@@ -245,6 +264,8 @@ class MysqlPart:
             patience_s = max(1, math.ceil(limit - began))
             session.query(f"SET SESSION lock_wait_timeout = {patience_s}", limit)
             self._dead_man(session, until, limit)
+            self._checkpoint(session, facts, limit)
+            began = time.monotonic()
             for statement in _locking(facts):
                 session.query(statement, limit)
             took_ms = (time.monotonic() - began) * 1000
@@ -262,6 +283,8 @@ class MysqlPart:
         seen = tuple(name for name in names if name not in _OF_THE_SERVER)
         self.what = seen or (facts.server,)  # the account may see none
         how = "BACKUP STAGE BLOCK_COMMIT" if facts.stages else "FLUSH TABLES WITH READ LOCK"
+        if self._flushed:
+            self._said.append(self._flushed)
         self._said.append(f"{how} in {took_ms:.0f} ms")
         if place:
             self._said.append(place)

@@ -34,6 +34,7 @@ class QmpQuiescer:
     freezes: tuple[str, ...] = ()
     least: Consistency | None = None
     image_at = None
+    held_since: float | None = None
 
     def __init__(self, entry: QmpQuiesce, volumes: tuple[str, ...], instance: Instance) -> None:
         self._socket = entry.socket

@@ -48,7 +48,7 @@ class Holding:
         try:
             self.part.thaw()
         finally:
-            if not isinstance(self.part, Flushes):
+            if not _flushes(self.part):
                 self.held_ms = (time.monotonic() - self.since) * 1000
 
     @property
@@ -102,7 +102,9 @@ class VmQuiescer:
         self.volumes = volumes
         self.freezes = freezes
         self.least: Consistency | None = least
-        self._applications = [Holding(part) for part in applications]
+        # what keeps nobody waiting is not done while others wait
+        in_order = sorted(applications, key=lambda part: not _flushes(part))
+        self._applications = [Holding(part) for part in in_order]
         self._freezer = Holding(freezer) if freezer is not None else None
         self._in_order = [*self._applications, *([self._freezer] if self._freezer else [])]
 
@@ -111,8 +113,13 @@ class VmQuiescer:
         """Not where its image is of an instant of its own: a VM snapshot."""
         if self._freezer is None:
             return True
-        part = self._freezer.part
-        return not (isinstance(part, Flushes) and part.holds_nothing)
+        return not _flushes(self._freezer.part)
+
+    @property
+    def held_since(self) -> float | None:
+        """Of the first part that keeps somebody waiting."""
+        times = [h.since for h in self._in_order if h.since and not _flushes(h.part)]
+        return min(times, default=0.0)
 
     def check(self) -> None:
         """An application that does not answer fails the VM only if nothing less is accepted."""
@@ -147,7 +154,7 @@ class VmQuiescer:
         )
 
     def hold(self, until: float) -> None:
-        """The applications, in the configured order."""
+        """The applications, in the configured order; first those that keep nobody waiting."""
         for holding in self._applications:
             self._try(holding, partial(holding.freeze, until))
 
@@ -231,3 +238,7 @@ class VmQuiescer:
                 yield f"{holding.part.name}: {holding.error.message}"
             elif holding.part.output:
                 yield holding.part.output
+
+
+def _flushes(part: Part) -> bool:
+    return isinstance(part, Flushes) and part.holds_nothing

@@ -22,7 +22,9 @@ class Held:
     least: Consistency
     reached: Consistency | None = None
     held: bool = False  # to be thawed
-    since: float = 0.0  # of time.monotonic: when the first writer may have been held
+    began: float = 0.0  # of time.monotonic, as the next two
+    since: float = 0.0  # when the first writer may have been held; 0: nobody was
+    ended: float = 0.0
     at: datetime | None = None  # when all of it was
     freeze_ms: float = 0.0
     held_ms: float = 0.0
@@ -108,11 +110,10 @@ class Holding:
         """Let go of all that is held; never raises. Returns for how many milliseconds writers were
         held, from the first to the last."""
         self._each(self._thaw)
-        held = [entry for entry in self.entries if entry.since]
+        held = [entry for entry in self.entries if entry.since and entry.ended]
         if not held:
             return 0.0
-        ends = [entry.since * 1000 + max(entry.held_ms, entry.freeze_ms) for entry in held]
-        return max(ends) - min(entry.since for entry in held) * 1000
+        return (max(e.ended for e in held) - min(e.since for e in held)) * 1000
 
     def raise_stuck(self) -> None:
         """CleanupError (`thaw-failed`) where a thaw could not be confirmed."""
@@ -155,7 +156,7 @@ class Holding:
         if entry.error is not None:
             return
         self._tell(entry, "holding")
-        entry.since = time.monotonic()
+        entry.began = entry.since = time.monotonic()
         try:
             entry.quiescer.hold(self._until)
             entry.held = True
@@ -174,7 +175,9 @@ class Holding:
         except OffloadError as error:
             entry.error = error
             self._tell(entry, f"not frozen: {error.message}")
-        entry.freeze_ms = (time.monotonic() - entry.since) * 1000
+        entry.freeze_ms = (time.monotonic() - entry.began) * 1000
+        if entry.quiescer.held_since is not None:
+            entry.since = entry.quiescer.held_since
 
     def _check_unbroken(self, entry: Held) -> None:
         if entry.reached is not None:
@@ -186,7 +189,8 @@ class Holding:
                 entry.quiescer.thaw()
             except OffloadError as error:
                 entry.thaw_error = error
-            entry.held_ms = (time.monotonic() - entry.since) * 1000
+            entry.ended = time.monotonic()
+            entry.held_ms = (entry.ended - entry.since) * 1000 if entry.since else 0.0
             entry.held = False
             said = f"thawed after {entry.held_ms:.0f} ms"
             self._tell(entry, said if entry.thaw_error is None else "NOT thawed")

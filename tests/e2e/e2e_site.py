@@ -100,14 +100,14 @@ class Site:
         return found
 
     def guardians(self) -> list[str]:
-        """Guardian processes of any site (they end at once when their parent is gone)."""
+        """Guardian processes of this site (they end at once when their parent is gone)."""
         lines = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            if "guardian" in line:
+            if "guardian" in line and str(self.folder) in line:
                 lines.append(line)
         return lines
 

@@ -230,6 +230,42 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+CHECKPOINT_AGE = "SHOW GLOBAL STATUS LIKE 'Innodb_checkpoint_age'"
+
+
+def test_mysql_innodb_has_little_to_redo_where_the_account_may_checkpoint(
+    shared: RunningMariadb, make: Make
+) -> None:
+    """Root may; who may not is told what to grant, and holds all the same."""
+    for number in range(2000, 2200):
+        shared.execute(f"REPLACE INTO shop.t VALUES ({number})")  # noqa: S608
+    ((_, before),) = shared.execute(CHECKPOINT_AGE)
+    part = make(shared)
+    part.check()
+    part.arm(20)
+    frozen_part(part)
+    ((_, after),) = shared.execute(CHECKPOINT_AGE)
+    part.thaw()
+    assert int(after) < int(before) / 4
+    assert "; checkpoint in " in part.output
+
+
+def test_mysql_account_that_may_not_checkpoint_holds_and_says_so(
+    shared: RunningMariadb, make: Make, password: Path
+) -> None:
+    part = make(shared, host="127.0.0.1", user="offload", password_file=password)
+    part.check()
+    part.arm(20)
+    frozen_part(part)
+    part.thaw()
+    assert part.unbroken
+    assert "no checkpoint (grant SUPER for a shorter redo)" in part.output
+
+
+def frozen_part(part: MysqlPart) -> None:
+    assert part.freeze(time.monotonic() + 20) is Consistency.APPLICATION
+
+
 def test_mysql_held_under_a_writer_has_exactly_the_acknowledged_rows(
     own: RunningMariadb, make: Make, write: Begin, folder: Path, path: str
 ) -> None:

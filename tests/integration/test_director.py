@@ -199,6 +199,27 @@ def report_of(mark: TimeMark, vm: str) -> Any:
     return next(report for report in mark.reports if report.vm == vm)
 
 
+def test_freeze_time_counts_from_the_first_that_is_kept_waiting(
+    open_shop: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CHECKPOINT keeps nobody waiting: it is done first, and is no part of the freeze."""
+    monkeypatch.setattr(ScriptedPart, "holds_nothing", property(_is_mysql), raising=False)
+    ctx = open_shop()
+    BEHAVIOURS["one.mysql"] = Behaviour(reaches=Consistency.APPLICATION, hangs_s=2)
+    BEHAVIOURS["one.postgresql"] = Behaviour(reaches=Consistency.APPLICATION)
+    mark = director.create(ctx, "shop", FILESYSTEM)
+    one = report_of(mark, "one")
+    assert [part.kind for part in one.parts] == ["mysql", "postgresql", "qemu-ga"]
+    assert one.parts[0].freeze_ms >= 2000
+    assert one.parts[0].held_ms == 0
+    assert 0 < mark.freeze_ms < 2000
+    assert one.held_ms <= mark.freeze_ms
+
+
+def _is_mysql(part: ScriptedPart) -> bool:
+    return bool(part.kind == "mysql")
+
+
 def test_only_vms_with_disks_on_the_groups_volumes_are_told(open_shop: Open) -> None:
     ctx = open_shop()
     director.create(ctx, "rest")
