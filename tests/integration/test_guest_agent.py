@@ -1,6 +1,6 @@
 """The guest agent's client, and the part, with answers that no agent here gives.
 
-Real agents in real guests: tests/lab/test_guest_agent.py.
+Real agents in real guests: tests/lab/test_guest_agent_in_guests.py.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ min_free = "0%"
 SCRIPT = """
 import sys
 from pathlib import Path
-from offload.services import timemark
+from offload.services import director, timemark
 from offload.services.backup import backup
 from offload.services.context import open_context
 with open_context(Path(sys.argv[1])) as ctx:

@@ -26,8 +26,10 @@ from targets.tgt import TgtTarget
 MIB = 1 << 20
 HOST = "iqn.2004-10.com.example:backup-host"
 SECRET, MUTUAL = "the secret of the host", "the secret of the view"
+NAME_FILE = "/etc/iscsi/initiatorname.iscsi"
 _AUTH_FAILED = 24  # iscsiadm(8): ISCSI_ERR_LOGIN_AUTH_FAILED
 _SETTINGS = {
+    "iface.initiatorname": HOST,  # iscsid may run already, and have another
     "node.session.auth.authmethod": "CHAP",
     "node.session.auth.username": "backup",
     "node.session.auth.username_in": "offload",
@@ -113,7 +115,7 @@ def known(guest: Guest, endpoint: Endpoint, *, secret: str = SECRET) -> Iterator
     guest.modprobe("iscsi_tcp", "sd_mod")
     made = guest.shell(f"""
         mkdir -p /run/lock/iscsi
-        echo InitiatorName={HOST} >/etc/iscsi/initiatorname.iscsi
+        [[ -s {NAME_FILE} ]] || echo InitiatorName={HOST} >{NAME_FILE}
         pgrep -x iscsid >/dev/null || iscsid
         iscsiadm {host.node} -o new >/dev/null
         find /etc/iscsi/nodes/{iqn} -type f
