@@ -146,8 +146,8 @@ def _recovery_table(ground: Ground, crash: Sequence[Taken], application: Sequenc
     table.notes.append(
         "The crash TimeMarks were taken with no checkpoint since the databases started: "
         "PostgreSQL's redo grows until the next one (its `checkpoint_timeout` here is 1 h); at "
-        "application level it begins at the TimeMark's own. InnoDB checkpoints by itself too: at "
-        "application level right before its commits are held. All of them started without an error."
+        "application level it begins at the TimeMark's own. MariaDB checkpoints only where its "
+        "account has SUPER, which this one has not. All of them started without an error."
     )
     return table
 

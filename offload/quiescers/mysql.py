@@ -42,7 +42,7 @@ _BACKUP_STAGE_SINCE = (10, 4)
 _STAGES = ("START", "FLUSH", "BLOCK_DDL", "BLOCK_COMMIT")
 _BINARY_LOG_STATUS_SINCE = (8, 2)  # of MySQL, in place of SHOW MASTER STATUS
 _MAY_NOT = frozenset({1044, 1142, 1227})  # ER_DBACCESS_DENIED, ER_TABLEACCESS_, ER_SPECIFIC_
-_UNKNOWN_VARIABLE = 1193  # ER_UNKNOWN_SYSTEM_VARIABLE
+_NEEDS = 1227  # ER_SPECIFIC_ACCESS_DENIED_ERROR
 _LSN = "SHOW GLOBAL STATUS WHERE Variable_name IN ('Innodb_lsn_current', 'Innodb_lsn_flushed')"
 _LOOK_S = 0.02
 _OF_THE_SERVER = frozenset({"information_schema", "mysql", "performance_schema", "sys"})
@@ -221,6 +221,8 @@ class MysqlPart:
 
     def arm(self, deadline_s: float) -> None:  # noqa: ARG002 - the timer is set by `freeze`
         """Connect. Nothing is held yet: the session may wait for others that are armed."""
+        if self._facts is not None:
+            self._checkpoint(self._facts)
         until = time.monotonic() + _CONNECT_S
         self._session = _Session(self.name, self._entry)
         try:
@@ -228,25 +230,29 @@ class MysqlPart:
             self._dead_man(self._session, time.monotonic() + _ARMED_S, until)
             # the redo log, in advance: under BLOCK_COMMIT there is little left of it
             self._session.query("FLUSH LOCAL ENGINE LOGS", until)
-            self._checkpoint(self._session, self._facts, time.monotonic() + self._entry.timeout_s)
         except pymysql.MySQLError as error:
             self.close()
             raise failed(self.name, "getting ready", error, until) from error
 
-    def _checkpoint(self, session: _Session, facts: _Facts, until: float) -> None:
-        """Have InnoDB write back all that is changed, so that a start from the image has little to
-        redo. Nobody waits for it. MySQL knows it in debug builds only."""
+    def _checkpoint(self, facts: _Facts) -> None:
+        """Have InnoDB write back what is changed, so that a start from the image has little to
+        redo. Nobody waits for it, and nothing depends on it: in a session of its own, which ends
+        where it takes too long. MySQL knows it in debug builds only."""
         if not facts.mariadb:
             return
         began = time.monotonic()
+        session = _Session(self.name, self._entry)
         try:
-            session.query("SET GLOBAL innodb_log_checkpoint_now = ON", until)
+            session.query(
+                "SET GLOBAL innodb_log_checkpoint_now = ON", began + self._entry.timeout_s
+            )
         except pymysql.MySQLError as error:
-            if not error.args or error.args[0] not in (*_MAY_NOT, _UNKNOWN_VARIABLE):
-                raise
-            self._flushed = f"no checkpoint (grant SUPER for a shorter redo): {one_line(error)}"
-            return
-        self._flushed = f"checkpoint in {(time.monotonic() - began) * 1000:.0f} ms"
+            grant = " (grant SUPER for a shorter redo)" if error.args[:1] == (_NEEDS,) else ""
+            self._flushed = f"no checkpoint{grant}: {one_line(error)}"
+        else:
+            self._flushed = f"checkpoint in {(time.monotonic() - began) * 1000:.0f} ms"
+        finally:
+            session.close()
 
     def _dead_man(self, session: _Session, deadline: float, until: float) -> None:
         left_s = max(1, math.ceil(deadline - time.monotonic()))
@@ -264,8 +270,6 @@ class MysqlPart:
             patience_s = max(1, math.ceil(limit - began))
             session.query(f"SET SESSION lock_wait_timeout = {patience_s}", limit)
             self._dead_man(session, until, limit)
-            self._checkpoint(session, facts, limit)
-            began = time.monotonic()
             for statement in _locking(facts):
                 session.query(statement, limit)
             took_ms = (time.monotonic() - began) * 1000

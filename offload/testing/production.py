@@ -184,7 +184,7 @@ def _make_mariadb(data: Path, run_dir: Path, passwords: dict[str, str]) -> None:
     with running_mariadb(data, run_dir) as server:
         for user, password in passwords.items():
             server.execute(f"CREATE USER {user}@'%' IDENTIFIED BY '{password}'")
-        server.execute(f"GRANT RELOAD, PROCESS, BINLOG MONITOR, SUPER ON *.* TO {BACKUP_USER}@'%'")
+        server.execute(f"GRANT RELOAD, PROCESS, BINLOG MONITOR ON *.* TO {BACKUP_USER}@'%'")
         server.execute(f"CREATE DATABASE {DATABASE}")
         server.execute(f"GRANT ALL ON {DATABASE}.* TO {_WRITER}@'%'")
         with server.connect(database=DATABASE) as connection, connection.cursor() as cursor:
