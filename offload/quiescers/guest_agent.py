@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offload.configs.quiesce import GuestAgentFreeze
 from offload.errors import NotFoundError, OffloadError, PolicyError, UnavailableError
@@ -20,11 +20,8 @@ from offload.guest_agent import AgentError, FileSystem, GuestAgent, GuestSystem
 from offload.instance import Instance
 from offload.model import Consistency
 from offload.quiescers import hook_report, ourselves
-from offload.quiescers.holder import Holder, Targets, undo_hold
+from offload.quiescers.holder import Holder, Targets
 from offload.quiescers.holds_agent import process_behind
-
-if TYPE_CHECKING:  # a thaw never loads the catalog
-    from offload.catalog.store import Catalog
 
 WINDOWS = "mswindows"
 _NEEDED = (
@@ -246,8 +243,3 @@ def _facts(agent: GuestAgent) -> ourselves.Facts:
     with contextlib.suppress(AgentError):
         boot_id = agent.read_file(_BOOT_ID, 100).decode("ascii", "replace").strip()
     return ourselves.agent_facts(interfaces, boot_id=boot_id, host_name=host_name)
-
-
-def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """The journal's `thaw-agent`: see `undo_hold`."""
-    undo_hold(args)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import offload
 from offload import procs, run
@@ -24,6 +24,9 @@ from offload.quiescers.guardian import thaw_fd
 from offload.quiescers.holds_agent import undo_agent_hold
 from offload.quiescers.holds_libvirt import undo_libvirt_hold
 from offload.quiescers.holds_program import undo_program
+
+if TYPE_CHECKING:  # a thaw never loads the catalog
+    from offload.catalog.store import Catalog
 
 _START_S = 10.0
 _SLACK_S = 5.0  # the guardian answers at its deadline; so much later it is taken for hung
@@ -260,6 +263,11 @@ def undo_hold(args: Mapping[str, str]) -> None:
     for guest in json.loads(args.get("agents", "[]")):
         undo_agent_hold(guest, named)
     marker.unlink(missing_ok=True)
+
+
+def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+    """The journal's `thaw-…` actions: see `undo_hold`."""
+    undo_hold(args)
 
 
 def _thaw_mount(path: str) -> None:

@@ -10,8 +10,7 @@ A domain that is off has no writers: it counts as held for as long as it stays o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offload import libvirtd
 from offload.configs.hypervisors import LibvirtConfig
@@ -21,10 +20,7 @@ from offload.instance import Instance
 from offload.libvirtd import Domain, DomainState, Libvirt
 from offload.model import Consistency
 from offload.quiescers import ourselves
-from offload.quiescers.holder import Holder, Targets, undo_hold
-
-if TYPE_CHECKING:  # a thaw never loads the catalog
-    from offload.catalog.store import Catalog
+from offload.quiescers.holder import Holder, Targets
 
 _HINTS = {
     DomainState.MIGRATING: "wait until the migration has ended",
@@ -230,8 +226,3 @@ class LibvirtPart:
     def output(self) -> str:
         """What was noticed."""
         return "\n".join(self._notes)
-
-
-def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """The journal's `thaw-libvirt`: see `undo_hold`."""
-    undo_hold(args)

@@ -24,7 +24,7 @@ from offload.instance import Instance
 from offload.model import Consistency, HeldPart
 from offload.mountinfo import MountPoint
 from offload.quiescers import coverage
-from offload.quiescers.holder import Holder, Targets, describe, undo_hold
+from offload.quiescers.holder import Holder, Targets, describe
 
 if TYPE_CHECKING:  # a thaw never loads the catalog
     from offload.catalog.store import Catalog
@@ -312,11 +312,6 @@ def _run_post_once(args: Mapping[str, str], forget: Callable[[], None]) -> run.C
 
 def _hook_env(phase: str, volumes: tuple[str, ...]) -> dict[str, str]:
     return {"OFFLOAD_PHASE": phase, "OFFLOAD_VOLUMES": ",".join(volumes)}
-
-
-def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """The journal's `thaw-local`: see `undo_hold`."""
-    undo_hold(args)
 
 
 def undo_post(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001

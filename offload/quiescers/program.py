@@ -6,31 +6,27 @@ from offload.errors import UnavailableError
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.model import Consistency
+from offload.quiescers.guarded import GuardedPart
 from offload.quiescers.holder import Holder, Targets
 from offload.quiescers.holds_program import DONE, NOTHING, NOTHING_HELD, Program, printed
 
 _SLACK_S = 5.0
 
 
-class ProgramPart:
+class ProgramPart(GuardedPart):
     """A quiesce script, held by the guardian: docs/howto/quiesce-scripts.md has its contract."""
 
     kind = ""
-    image_at = None
 
     def __init__(self, program: Program, level: Consistency, instance: Instance) -> None:
         self._program = program
         self._level = level
-        self.name = program.name
-        self._holder = Holder(
+        holder = Holder(
             instance,
             Targets(programs=(program.to_order(),)),
             slack_s=program.timeout_s + _SLACK_S,
         )
-        self._frozen = False
-        self._notes: list[str] = []
-        self.what: tuple[str, ...] = ()
-        self.unbroken = True
+        super().__init__(program.name, holder)
 
     def check(self) -> None:
         """The check phase. Raises UnavailableError (`hook-failed`; over SSH see Program)."""
@@ -44,10 +40,6 @@ class ProgramPart:
     def undos(self) -> list[tuple[str, dict[str, str]]]:
         """`thaw-script` or `thaw-ssh`: the thaw phase, where freeze may have run."""
         return [(f"thaw-{self.kind}", self._holder.undo_args())]
-
-    def arm(self, deadline_s: float) -> None:
-        """Start the guardian."""
-        self._holder.arm(deadline_s)
 
     def freeze(self, until: float) -> Consistency:
         """The freeze phase. Raises UnavailableError (`hook-failed`: failed, or late); then the
@@ -68,26 +60,6 @@ class ProgramPart:
         if not self._holder.still_frozen():
             self._break(self._holder.broken)
         return self.unbroken
-
-    def _break(self, why: str) -> None:
-        if self.unbroken:
-            self._notes.append(f"not held all the time: {why}")
-        self.unbroken = False
-
-    def thaw(self) -> None:
-        """The thaw phase. Idempotent. Raises UnavailableError (`thaw-failed`)."""
-        if not self._frozen:
-            return
-        self._frozen = False
-        try:
-            self._holder.thaw()
-        finally:
-            if self._holder.broken:
-                self._break(self._holder.broken)
-
-    def close(self) -> None:
-        """End the guardian; thaws if that is due still."""
-        self._holder.close()
 
     @property
     def output(self) -> str:

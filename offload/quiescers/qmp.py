@@ -9,19 +9,13 @@ the volumes open, before the snapshot and after it, they count as held.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 from offload import image_lock
 from offload.configs.quiesce import QmpQuiesce
 from offload.errors import BusyError
 from offload.instance import Instance
 from offload.model import Consistency, HeldPart
 from offload.qmp import Qmp, QmpGoneError
-from offload.quiescers.holder import Holder, Targets, describe, undo_hold
-
-if TYPE_CHECKING:  # a thaw never loads the catalog
-    from offload.catalog.store import Catalog
+from offload.quiescers.holder import Holder, Targets, describe
 
 
 class QmpQuiescer:
@@ -137,8 +131,3 @@ class QmpQuiescer:
     def output(self) -> str:
         """What was noticed."""
         return "\n".join(self._notes)
-
-
-def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """The journal's `thaw-qmp`: see `undo_hold`."""
-    undo_hold(args)

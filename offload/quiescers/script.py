@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 from offload import run
 from offload.configs.quiesce import ScriptApplication
 from offload.errors import NotFoundError
 from offload.instance import Instance
-from offload.quiescers.holder import undo_hold
 from offload.quiescers.holds_program import Program
 from offload.quiescers.program import ProgramPart, environment
-
-if TYPE_CHECKING:  # a thaw never loads the catalog
-    from offload.catalog.store import Catalog
 
 
 class ScriptPart(ProgramPart):
@@ -39,8 +32,3 @@ class ScriptPart(ProgramPart):
                 code="hook-missing",
             )
         super().check()
-
-
-def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """The journal's `thaw-script`: see `undo_hold`."""
-    undo_hold(args)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from offload.configs.quiesce import SqliteApplication
 from offload.errors import ConfigError, NotFoundError, UnavailableError
 from offload.instance import Instance
 from offload.model import Consistency
-from offload.quiescers.holder import Holder, Targets, undo_hold
-
-if TYPE_CHECKING:  # a thaw never loads the catalog
-    from offload.catalog.store import Catalog
+from offload.quiescers.guarded import GuardedPart
+from offload.quiescers.holder import Holder, Targets
 
 _MAGIC = b"SQLite format 3\0"  # sqlite.org/fileformat.html, 1.3
 _WAL_VERSION = 2  # byte 18, the file format write version
@@ -25,22 +21,15 @@ _WAL_WRITE_LOCK = 120  # sqlite.org/walformat.html, 2.3: of the -shm file
 _FLOCK = "hhqqi4x"  # struct flock of 64 bit Linux: type, whence, start, length, pid
 
 
-class SqlitePart:
+class SqlitePart(GuardedPart):
     """One `kind = "sqlite"` entry. The guardian holds the lock."""
 
     kind = "sqlite"
-    image_at = None
 
     def __init__(self, vm: str, entry: SqliteApplication, instance: Instance) -> None:  # noqa: ARG002
         self._path = entry.path
-        self._timeout_s = entry.timeout_s
-        self.name = f"sqlite:{entry.path}"
         order = {"path": str(entry.path), "timeout_s": entry.timeout_s}
-        self._holder = Holder(instance, Targets(sqlite=(order,)))
-        self._frozen = False
-        self._notes: list[str] = []
-        self.what: tuple[str, ...] = ()
-        self.unbroken = True
+        super().__init__(f"sqlite:{entry.path}", Holder(instance, Targets(sqlite=(order,))))
 
     def check(self) -> None:
         """Raises NotFoundError (`no-database`), ConfigError (`symlink`, `not-a-database`),
@@ -75,10 +64,6 @@ class SqlitePart:
         """`thaw-sqlite`: the lock goes with the guardian; its marker is left."""
         return [("thaw-sqlite", self._holder.undo_args())]
 
-    def arm(self, deadline_s: float) -> None:
-        """Start the guardian, which opens the database and writes back what it can of the WAL."""
-        self._holder.arm(deadline_s)
-
     def freeze(self, until: float) -> Consistency:
         """Raises UnavailableError (`freeze-failed`): no lock in time, damaged, gone."""
         self._holder.freeze(until)
@@ -109,26 +94,6 @@ class SqlitePart:
         except OSError:
             return False
 
-    def _break(self, why: str) -> None:
-        if self.unbroken:
-            self._notes.append(f"not held all the time: {why}")
-        self.unbroken = False
-
-    def thaw(self) -> None:
-        """Let go. Idempotent."""
-        if not self._frozen:
-            return
-        self._frozen = False
-        try:
-            self._holder.thaw()
-        finally:
-            if self._holder.broken:
-                self._break(self._holder.broken)
-
-    def close(self) -> None:
-        """End the guardian, and with it the lock."""
-        self._holder.close()
-
     @property
     def output(self) -> str:
         """What became of the WAL."""
@@ -141,8 +106,3 @@ def lock_owner(path: Path, offset: int) -> int | None:
         wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
         kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
     return None if kind == fcntl.F_UNLCK else pid
-
-
-def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """The journal's `thaw-sqlite`: see `undo_hold`."""
-    undo_hold(args)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from offload.configs.quiesce import SshApplication
 from offload.errors import ConfigError
 from offload.instance import Instance
-from offload.quiescers.holder import undo_hold
 from offload.quiescers.holds_program import Program
 from offload.quiescers.program import ProgramPart, environment
 from offload.run import require_program
 from offload.secret_file import check_private
-
-if TYPE_CHECKING:  # a thaw never loads the catalog
-    from offload.catalog.store import Catalog
 
 _CONNECT_S = 10
 # Nothing of this machine's or the user's ssh_config, nothing is asked, nothing is forwarded, and
@@ -99,8 +93,3 @@ def _check_key(path: Path) -> None:
         check_private(fd, path, "SSH key")
     finally:
         os.close(fd)
-
-
-def undo_thaw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """The journal's `thaw-ssh`: see `undo_hold`."""
-    undo_hold(args)

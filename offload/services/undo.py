@@ -19,14 +19,14 @@ ACTIONS = {
     "forget-timemark": "offload.services.timemark:undo_timemark",  # id
     "delete-timemark": "offload.services.timemark:undo_delete",  # id
     "delete-unused": "offload.services.timemark:undo_unused",  # ids (JSON)
-    "thaw-local": "offload.quiescers.local:undo_thaw",  # marker, boot, mounts, qmp (JSON)
-    "thaw-qmp": "offload.quiescers.qmp:undo_thaw",  # marker, boot, mounts, qmp (JSON)
-    "thaw-libvirt": "offload.quiescers.libvirt:undo_thaw",  # marker, boot, libvirt (JSON)
+    "thaw-local": "offload.quiescers.holder:undo_thaw",  # marker, boot, mounts, qmp (JSON)
+    "thaw-qmp": "offload.quiescers.holder:undo_thaw",  # marker, boot, mounts, qmp (JSON)
+    "thaw-libvirt": "offload.quiescers.holder:undo_thaw",  # marker, boot, libvirt (JSON)
     "remove-vm-snapshot": "offload.quiescers.vmware:undo_remove",  # hypervisor, vm, moref, snapshot
-    "thaw-agent": "offload.quiescers.guest_agent:undo_thaw",  # marker, boot, agents (JSON)
-    "thaw-script": "offload.quiescers.script:undo_thaw",  # marker, boot, programs (JSON)
-    "thaw-ssh": "offload.quiescers.ssh:undo_thaw",  # marker, boot, programs (JSON)
-    "thaw-sqlite": "offload.quiescers.sqlite:undo_thaw",  # marker, boot
+    "thaw-agent": "offload.quiescers.holder:undo_thaw",  # marker, boot, agents (JSON)
+    "thaw-script": "offload.quiescers.holder:undo_thaw",  # marker, boot, programs (JSON)
+    "thaw-ssh": "offload.quiescers.holder:undo_thaw",  # marker, boot, programs (JSON)
+    "thaw-sqlite": "offload.quiescers.holder:undo_thaw",  # marker, boot
     "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path

@@ -18,7 +18,8 @@ from offload.catalog.store import Catalog
 from offload.configs.quiesce import ScriptApplication
 from offload.errors import CleanupError, NotFoundError, UnavailableError
 from offload.model import Consistency
-from offload.quiescers.script import ScriptPart, undo_thaw
+from offload.quiescers.holder import undo_thaw
+from offload.quiescers.script import ScriptPart
 from offload.testing.instances import make_instance
 
 ROOT = Path(__file__).parents[2]

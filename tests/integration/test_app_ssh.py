@@ -19,7 +19,8 @@ from offload.configs.quiesce import SshApplication
 from offload.errors import ConfigError, UnavailableError
 from offload.instance import Instance
 from offload.model import Consistency
-from offload.quiescers.ssh import SshPart, undo_thaw
+from offload.quiescers.holder import undo_thaw
+from offload.quiescers.ssh import SshPart
 from offload.testing.instances import free_port, make_instance
 from offload.testing.sshd import RunningSshd, known_host, make_key, running_sshd
 

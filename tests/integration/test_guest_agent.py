@@ -36,7 +36,8 @@ from offload.guest_agent import (
 from offload.instance import Instance
 from offload.model import Consistency
 from offload.quiescers import hook_report
-from offload.quiescers.guest_agent import GuestAgentPart, undo_thaw
+from offload.quiescers.guest_agent import GuestAgentPart
+from offload.quiescers.holder import undo_thaw
 from offload.quiescers.vm import VmQuiescer
 from offload.testing.instances import make_instance
 from offload.testing.scripted_agent import LINUX, VSS_TIMEOUT, WINDOWS, ScriptedAgent

@@ -25,7 +25,8 @@ from offload.instance import Instance
 from offload.journal import CRASH_ENV
 from offload.model import Consistency
 from offload.quiescers import ourselves
-from offload.quiescers.libvirt import LibvirtPart, undo_thaw
+from offload.quiescers.holder import undo_thaw
+from offload.quiescers.libvirt import LibvirtPart
 from offload.testing.instances import make_instance
 from offload.testing.libvirt_host import DomainPlan, LibvirtGuest, LibvirtHost
 from offload.testing.pools import loop_pool

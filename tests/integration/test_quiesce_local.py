@@ -29,7 +29,8 @@ from offload.instance import Instance
 from offload.model import Consistency
 from offload.quiescers import holder
 from offload.quiescers.guardian import FIFREEZE, FITHAW
-from offload.quiescers.local import LocalQuiescer, undo_post, undo_thaw
+from offload.quiescers.holder import undo_thaw
+from offload.quiescers.local import LocalQuiescer, undo_post
 from offload.testing.pools import partitions
 from offload.testing.quiesce import frozen
 

@@ -24,7 +24,8 @@ from offload.images.qcow2 import Qcow2Image
 from offload.instance import Instance
 from offload.model import Consistency, Qcow2Source, Volume
 from offload.qmp import Qmp, QmpBusyError
-from offload.quiescers.qmp import QmpQuiescer, undo_thaw
+from offload.quiescers.holder import undo_thaw
+from offload.quiescers.qmp import QmpQuiescer
 from offload.snapshots.qcow2 import Qcow2Provider
 from offload.testing.qemu import RunningQemu, running_qemu
 from offload.testing.quiesce import frozen

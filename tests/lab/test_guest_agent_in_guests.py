@@ -27,7 +27,8 @@ from offload.guest_agent import AgentBusyError, GuestAgent
 from offload.instance import Instance
 from offload.model import Consistency
 from offload.quiescers import hook_report
-from offload.quiescers.guest_agent import GuestAgentPart, undo_thaw
+from offload.quiescers.guest_agent import GuestAgentPart
+from offload.quiescers.holder import undo_thaw
 from offload.testing.guest_agent import PORT, STATE, RunningAgent, running_agent, start_agent
 from offload.testing.instances import make_instance
 from offload.testing.lab.guest import Guest
