@@ -28,13 +28,14 @@ from offload.testing.instances import make_instance
 ROOT = Path(__file__).parents[2]
 
 WRITER = """
-import sqlite3, sys
+import sqlite3, sys, time
 db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
 number = 0
 while True:
     db.execute("INSERT INTO t VALUES (?)", (number,))
     print(number, flush=True)  # acknowledged
     number += 1
+    time.sleep(float(sys.argv[2]))
 """
 
 # A transaction that ends at the end of its standard input, in a process of its own: a lock of this
@@ -71,8 +72,9 @@ def part_of(path: Path, instance: Instance, timeout_s: float = 5.0) -> SqlitePar
 class Writer:
     """Another process that commits one row after the other."""
 
-    def __init__(self, path: Path) -> None:
-        self._process = run.spawn([sys.executable, "-c", WRITER, str(path)], stderr=None)
+    def __init__(self, path: Path, pause_s: float) -> None:
+        argv = [sys.executable, "-c", WRITER, str(path), str(pause_s)]
+        self._process = run.spawn(argv, stderr=None)
         assert self._process.stdout is not None
         self._lines = self._process.stdout
         os.set_blocking(self._lines.fileno(), False)
@@ -120,15 +122,15 @@ def busy(path: Path) -> Iterator[None]:
         run.terminate(process)
 
 
-Begin = Callable[[Path], Writer]
+Begin = Callable[..., Writer]
 
 
 @pytest.fixture
 def write() -> Iterator[Begin]:
     with ExitStack() as stack:
 
-        def begin(path: Path) -> Writer:
-            made = Writer(path)
+        def begin(path: Path, pause_s: float = 0) -> Writer:
+            made = Writer(path, pause_s)
             stack.callback(made.end)
             assert made.goes_on()
             return made
@@ -205,7 +207,7 @@ def test_sqlite_held_under_a_writer_has_exactly_the_acknowledged_rows(
 
 def test_sqlite_wal_is_empty_while_held(tmp_path: Path, make: Make, write: Begin) -> None:
     path = make_database(tmp_path / "shop.db", "wal")
-    write(path)
+    write(path, pause_s=0.1)  # one without a pause may slip in behind each of three checkpoints
     part = make(path)
     arm_and_freeze(part)
     assert "WAL empty" in part.output
