@@ -152,3 +152,5 @@ def udev() -> Iterator[None]:
         yield
     finally:
         run(["udevadm", "control", "--exit"])
+        # device-mapper's library takes the socket alone for a udevd, and waits for it without end
+        Path("/run/udev/control").unlink(missing_ok=True)

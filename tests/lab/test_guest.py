@@ -97,9 +97,8 @@ def test_run_late_command_that_hangs_in_the_kernel_holds_up_no_other(
             guest.run(["dd", "if=/dev/mapper/stuck", "of=/dev/null"], timeout_s=5)
         assert guest.run(["echo", "still here"]).text == "still here\n"
     finally:
-        guest.run(["dmsetup", "resume", "stuck"])
-        script = "until dmsetup remove stuck; do sleep 0.02; done"  # when the reader is gone
-        guest.shell(script, env={"DM_DISABLE_UDEV": "1"})
+        script = "dmsetup resume stuck; until dmsetup remove stuck; do sleep 0.02; done"
+        guest.shell(script, env={"DM_DISABLE_UDEV": "1"})  # removed when the reader is gone
 
 
 def test_run_does_not_wait_for_a_daemon_that_holds_its_output(guest: Guest) -> None:
