@@ -21,6 +21,7 @@ from offload.model import (
     RbdSource,
     Source,
 )
+from offload.storespec import StoreSpec
 
 if TYPE_CHECKING:
     from offload.configs.quiesce import (
@@ -78,10 +79,10 @@ def target(name: str, instance: Instance) -> Target:
     return made
 
 
-def open_store(url: str) -> Store:
-    """Open the objects of a store. A plain absolute path is a disk store."""
-    kind = url.partition("://")[0] if "://" in url else "disk"
-    made: Store = _load("offload.stores", "store", STORES, kind)(url)
+def open_store(spec: StoreSpec | str) -> Store:
+    """Open the objects of a store, by its spec or by the text of that."""
+    found = StoreSpec.parse(spec) if isinstance(spec, str) else spec
+    made: Store = _load("offload.stores", "store", STORES, found.kind)(found)
     return made
 
 

@@ -7,22 +7,21 @@ import re
 import stat
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     Field,
-    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from offload.ceph import ImageName
-from offload.configs.base import Model, Seconds, absolute_path, seconds
+from offload.configs.base import Model, Seconds, absolute_path
 from offload.configs.hypervisors import HypervisorConfig
 from offload.configs.quiesce import LibvirtFreeze, QuiesceConfig, VmConfig, VmwareFreeze
+from offload.configs.stores import StoreConfig
 from offload.configs.targets import IscsiConfig, NbdConfig, OverlayConfig
 from offload.errors import ConfigError, NotFoundError
 from offload.model import Consistency, Volume
@@ -101,40 +100,6 @@ class GroupConfig(Model):
     deadline_s: Seconds = 10.0  # from the first freeze to the thaw
     store: str | None = None  # where `offload backup GROUP` goes by default
     quiesce: tuple[QuiesceConfig, ...] = ()
-
-
-class KeepConfig(Model):
-    """`[stores.NAME.keep]`: which backups `prune` keeps, per group."""
-
-    last: int = Field(default=0, ge=0)
-    hourly: int = Field(default=0, ge=0)
-    daily: int = Field(default=0, ge=0)
-    weekly: int = Field(default=0, ge=0)
-    monthly: int = Field(default=0, ge=0)
-    yearly: int = Field(default=0, ge=0)
-    within: Annotated[float, BeforeValidator(seconds), Field(ge=0)] = 0.0  # seconds, or "14d"
-
-
-class StoreConfig(Model):
-    """`[stores.NAME]`."""
-
-    kind: Literal["disk"]
-    path: Path
-    min_free: str = "1GiB"  # a backup stops cleanly before the store's file system is fuller
-    keep: KeepConfig | None = None
-    passphrase: SecretStr | None = None  # refused: this version does not encrypt
-
-    @field_validator("passphrase")
-    @classmethod
-    def _not_yet(cls, value: SecretStr | None) -> None:
-        if value is not None:
-            raise ValueError("this version does not encrypt stores; remove it, or wait")
-
-    @field_validator("min_free")
-    @classmethod
-    def _free(cls, value: str) -> str:
-        Watermark.parse(value)
-        return value
 
 
 class PoolConfig(Model):

@@ -182,7 +182,7 @@ class Qcow2Source:
 class BackupSource:
     """One volume of a backup in a store."""
 
-    store_url: str  # e.g. the folder of a disk store
+    store: str  # how it is opened: StoreSpec.text()
     backup: str
     volume: str
     size_bytes: int

@@ -11,6 +11,7 @@ from offload.errors import NotFoundError
 from offload.format import layout
 from offload.format.manifest import decode_manifest
 from offload.model import BackupSource
+from offload.store import Exclusive
 
 
 class BackupImage(StoredImage):
@@ -18,9 +19,10 @@ class BackupImage(StoredImage):
 
     def __init__(self, source: BackupSource) -> None:
         with ExitStack() as stack:
-            store = compose.open_store(source.store_url)
+            store = compose.open_store(source.store)
             stack.callback(store.close)
-            stack.enter_context(store.lock(exclusive=False, wait_s=10))
+            if isinstance(store, Exclusive):
+                stack.enter_context(store.lock(exclusive=False, wait_s=10))
             repository = Repository.open(store, source.cache_dir)
             stack.callback(repository.close)
             name = layout.manifest_name(source.backup)

@@ -137,7 +137,7 @@ def backup(
             stack.enter_context(hold_timemark(ctx.instance, mark.id))
         op.intend(
             "store", "abort-backup",
-            {"store_url": repository.store.url, "store": name, "backup": run.id},
+            {"store": repository.store.spec.text(), "name": name, "backup": run.id},
         )  # fmt: skip
         with ExitStack() as images:  # closed before the old parent goes: some share its file
             inputs = list(_inputs(ctx, origin, mark, images))
@@ -472,14 +472,14 @@ def undo_changed(instance: Instance, catalog: Catalog, args: Mapping[str, str]) 
 
 def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     """Take back an unfinished backup; one whose manifest is out is kept and entered."""
-    store = compose.open_store(args["store_url"])
+    store = compose.open_store(args["store"])
     try:
         ident = args["backup"]
         name = layout.manifest_name(ident)
         if store.exists(name):
             repository = Repository.open(store, instance.cache_dir)
             try:
-                done = decode_manifest(name, store.get(name), repository.keys, args["store"])
+                done = decode_manifest(name, store.get(name), repository.keys, args["name"])
             finally:
                 repository.index.close()
             stores.adopt(catalog, [done.backup])

@@ -120,7 +120,7 @@ def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
     The caller holds the store's lock. Recovery finishes what was begun.
     """
     args = {
-        "store_url": stores.store_url(ctx, known.store),
+        "store": stores.spec_of(ctx, known.store).text(),
         "backup": known.id,
         "timemark": known.timemark,
     }
@@ -131,7 +131,7 @@ def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
 
 def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     """Finish the deletion of a backup."""
-    store = compose.open_store(args["store_url"])
+    store = compose.open_store(args["store"])
     try:
         store.delete(layout.manifest_name(args["backup"]))
     finally:

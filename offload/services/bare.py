@@ -19,6 +19,8 @@ from offload.errors import OffloadError, UnavailableError
 from offload.format import layout
 from offload.format.manifest import Manifest
 from offload.services import stores
+from offload.store import Exclusive
+from offload.storespec import StoreSpec
 
 _HEAD = """\
 # Written by `offload init --from-store` out of the newest backup of each group.
@@ -55,7 +57,7 @@ def _newest_of_each_group(store_path: Path) -> dict[str, Manifest]:
     newest: dict[str, Manifest] = {}
     with ExitStack() as stack:
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))
-        store = compose.open_store(str(store_path))
+        store = compose.open_store(StoreSpec(url=str(store_path)))
         stack.callback(store.close)
         if not store.exists(layout.STORE_OBJECT):
             raise UnavailableError(
@@ -63,7 +65,8 @@ def _newest_of_each_group(store_path: Path) -> dict[str, Manifest]:
                 code="store-not-initialised",
                 hint="give the folder that holds store.json",
             )
-        stack.enter_context(store.lock(exclusive=False, wait_s=5))
+        if isinstance(store, Exclusive):
+            stack.enter_context(store.lock(exclusive=False, wait_s=5))
         repository = Repository.open(store, Path(cache))
         stack.callback(repository.index.close)
         for _, found in stores.manifests(repository, ""):

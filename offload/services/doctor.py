@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from offload import compose, host_rules, kernel_module, run
-from offload.config import Config, StoreConfig
+from offload.config import Config
 from offload.configs.quiesce import LocalQuiesce
+from offload.configs.stores import StoreConfig
 from offload.errors import ConfigError, OffloadError, PrivilegeError
 from offload.host_rules import RuleState
 from offload.procs import has_capability
@@ -368,7 +369,7 @@ def _store(name: str, entry: StoreConfig) -> Check:
 
     label = f"store {name}"
     try:
-        with closing(compose.open_store(str(entry.path))) as store:
+        with closing(compose.open_store(entry.spec())) as store:
             if not store.exists(layout.STORE_OBJECT):
                 return Check(
                     name=label,

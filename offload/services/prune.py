@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 
 from offload import compose
 from offload.catalog.store import Catalog
-from offload.config import KeepConfig
+from offload.configs.stores import KeepConfig
 from offload.engine.packwriter import PackWriter
 from offload.engine.repository import Repository
 from offload.engine.tree import walk_pages
@@ -241,7 +241,7 @@ def _apply(
     live: _LiveSet,
 ) -> None:
     writer_id = new_id()
-    args = {"store_url": repository.store.url, "backup": writer_id}
+    args = {"store": repository.store.spec.text(), "backup": writer_id}
     with ctx.journal.operation("prune", repository.store.url) as op:
         op.intend("packs", "abort-prune", args)
         for number, backup in enumerate(gone, 1):
@@ -294,7 +294,7 @@ def _rewrite(
 def undo_prune(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
     """After a crash: nothing has to be taken back once the new index object is out (its packs are
     in use); before, the copies are removed. Either way the next prune frees the rest."""
-    store = compose.open_store(args["store_url"])
+    store = compose.open_store(args["store"])
     try:
         ident = args["backup"]
         if not store.exists(layout.index_name(ident)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from offload import compose
@@ -19,8 +19,9 @@ from offload.format.pack import read_footer
 from offload.ids import new_id
 from offload.model import Backup, BackupSource, ImageRecord
 from offload.services.context import Context
-from offload.store import Store
+from offload.store import Exclusive, Store
 from offload.stores.disk import DiskStore
+from offload.storespec import StoreSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +58,9 @@ class CheckReport:
     rebuilt: int | None  # backups entered in the catalog, with --rebuild-catalog
 
 
-def store_url(ctx: Context, name: str) -> str:
-    """Where a configured store is."""
-    return str(ctx.instance.config.store(name).path)
+def spec_of(ctx: Context, name: str) -> StoreSpec:
+    """How a configured store is opened."""
+    return ctx.instance.config.store(name).spec()
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def opened(
     ctx: Context, name: str, *, exclusive: bool, wait_s: float = 5.0
 ) -> Iterator[Repository]:
     """A configured store, opened and locked against prune (shared) or everybody (exclusive)."""
-    store = compose.open_store(store_url(ctx, name))
+    store = compose.open_store(spec_of(ctx, name))
     try:
         store.space_bytes()  # a missing folder is reported before a lock file is tried
         if not store.exists(layout.STORE_OBJECT):
@@ -76,7 +77,7 @@ def opened(
                 code="store-not-initialised",
                 hint=f"make it with: offload store init {name}",
             )
-        with store.lock(exclusive=exclusive, wait_s=wait_s):
+        with _held(store, exclusive=exclusive, wait_s=wait_s):
             repository = Repository.open(store, ctx.instance.cache_dir)
             try:
                 yield repository
@@ -86,10 +87,16 @@ def opened(
         store.close()
 
 
+def _held(store: Store, *, exclusive: bool, wait_s: float) -> AbstractContextManager[None]:
+    if isinstance(store, Exclusive):
+        return store.lock(exclusive=exclusive, wait_s=wait_s)
+    return nullcontext()
+
+
 def backup_source(ctx: Context, backup: Backup, image: ImageRecord) -> BackupSource:
     """How one volume of a backup is read."""
     return BackupSource(
-        store_url=store_url(ctx, backup.store),
+        store=spec_of(ctx, backup.store).text(),
         backup=backup.id,
         volume=image.volume,
         size_bytes=image.size_bytes,
@@ -131,7 +138,7 @@ def init(ctx: Context, name: str) -> StoreSummary:
             code="store-not-empty",
             hint="choose an empty folder",
         )
-    store = compose.open_store(str(config.path))
+    store = compose.open_store(config.spec())
     try:
         store.put(layout.STORE_OBJECT, [encode_parameters(new_parameters())])
     finally:
@@ -148,7 +155,9 @@ def listing(ctx: Context) -> list[StoreSummary]:
         except OffloadError as error:
             state = "not initialised" if error.code == "store-not-initialised" else error.message
             kind = ctx.instance.config.stores[name].kind
-            found.append(StoreSummary(name=name, kind=kind, url=store_url(ctx, name), state=state))
+            found.append(
+                StoreSummary(name=name, kind=kind, url=spec_of(ctx, name).url, state=state)
+            )
     return found
 
 

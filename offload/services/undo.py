@@ -35,9 +35,9 @@ ACTIONS = {
     "detach-again": "offload.services.connect:undo_again",  # the same; the connection stays
     "remove-device-link": "offload.services.connect:undo_link",  # name, device
     "release-changed": "offload.services.backup:undo_changed",  # provider, held (JSON)
-    "abort-backup": "offload.services.backup:undo_backup",  # store_url, backup
-    "delete-backup": "offload.services.backups:undo_delete",  # store_url, backup, timemark
-    "abort-prune": "offload.services.prune:undo_prune",  # store_url, backup
+    "abort-backup": "offload.services.backup:undo_backup",  # store, backup
+    "delete-backup": "offload.services.backups:undo_delete",  # store, backup, timemark
+    "abort-prune": "offload.services.prune:undo_prune",  # store, backup
     "remove-path": "offload.services.restore:undo_path",  # path of a temporary file of ours
 }
 

@@ -17,8 +17,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
+from offload import mountinfo
 from offload.errors import (
     BusyError,
     IntegrityError,
@@ -28,12 +30,15 @@ from offload.errors import (
 )
 from offload.filesystem import fsync_folder
 from offload.ids import new_id
-from offload.store import Buffer
+from offload.store import Buffer, ObjectInfo
+from offload.storespec import StoreSpec
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*(/[a-z0-9][a-z0-9.-]*)*")
 _IOV_MAX = 1024  # limits.h, Linux
 _OPEN_FILES = 64
 TMP = "tmp"
+# where flock is seen by all that can see the folder, and goes only with its process
+_LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "overlay")
 _LOCK = "lock"
 
 
@@ -52,14 +57,19 @@ class _Descriptor:
 class DiskStore:
     """Objects as files below one folder. See `offload.store.Store` for the contract."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.root = Path(url)
+    def __init__(self, spec: StoreSpec) -> None:
+        self.spec = spec
+        self.url = spec.url
+        self.root = Path(spec.url)
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._mutex = threading.Lock()
 
-    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+    def put(
+        self, name: str, parts: Sequence[Buffer], *, retain_until: datetime | None = None
+    ) -> int:
         """Write under a new name; see the contract."""
+        if retain_until is not None:
+            raise ValueError("a folder cannot lock objects")
         path = self._path(name)
         temp = self.root / TMP / f"{name.replace('/', '_')}.{new_id()}"
         try:
@@ -123,6 +133,10 @@ class DiskStore:
     def list(self, prefix: str) -> Iterator[str]:
         """Names below a folder, in name order. A folder that cannot be read is an error: prune
         would take the objects in it for gone."""
+        return (info.name for info in self.infos(prefix))
+
+    def infos(self, prefix: str) -> Iterator[ObjectInfo]:
+        """The same, with size and time of change; an object that goes meanwhile is left out."""
         if not prefix.endswith("/"):
             raise ValueError(f"'{prefix}' is no object name with its slash")
         try:
@@ -130,7 +144,7 @@ class DiskStore:
         except OSError as error:
             raise self._explain(error, prefix) from error
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
+    def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
         try:
             with os.scandir(folder) as found:
                 names = sorted(e.name + ("/" if e.is_dir() else "") for e in found)
@@ -141,8 +155,30 @@ class DiskStore:
         for name in names:
             if name.endswith("/"):
                 yield from self._walk(folder / name, prefix + name)
-            else:
-                yield prefix + name
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                status = (folder / name).stat()
+                yield ObjectInfo(
+                    name=prefix + name,
+                    size_bytes=status.st_size,
+                    modified=datetime.fromtimestamp(status.st_mtime_ns / 1e9, UTC),
+                )
+
+    def now(self) -> datetime:
+        """The clock of the file system: that of the server, where it is a network's."""
+        probe = self.root / TMP / f"clock.{new_id()}"
+        try:
+            _ensure_folder(probe.parent, self.root)
+            probe.touch()
+            return datetime.fromtimestamp(probe.stat().st_mtime_ns / 1e9, UTC)
+        except OSError as error:
+            raise self._explain(error, "") from error
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def exclusion_is_sound(self) -> bool:
+        """Whether the folder lies on a file system of this machine alone."""
+        return mountinfo.mount_holding(self.root, mountinfo.mounts()).kind in _LOCAL
 
     def delete(self, name: str) -> None:
         """Remove an object. Idempotent."""

@@ -12,21 +12,22 @@ import pytest
 from offload.errors import UnavailableError
 from offload.stores import disk
 from offload.stores.disk import DiskStore
-from offload.testing.store import StoreContract
+from offload.storespec import StoreSpec
+from offload.testing.store import ExclusiveStoreContract
 
 
-class TestDiskStore(StoreContract):
+class TestDiskStore(ExclusiveStoreContract):
     @pytest.fixture
     def url(self, tmp_path: Path) -> str:
         return str(tmp_path)
 
     def open(self, url: str) -> DiskStore:
-        return DiskStore(url)
+        return DiskStore(StoreSpec(url=url))
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[DiskStore]:
-    made = DiskStore(str(tmp_path))
+    made = DiskStore(StoreSpec(url=str(tmp_path)))
     yield made
     made.close()
 
@@ -88,7 +89,7 @@ def test_names_that_the_store_uses_itself_are_refused(store: DiskStore, name: st
 
 
 def test_missing_store_folder_is_unavailable_and_never_an_empty_list(tmp_path: Path) -> None:
-    store = DiskStore(str(tmp_path / "unmounted"))
+    store = DiskStore(StoreSpec(url=str(tmp_path / "unmounted")))
     for ask in (
         lambda: list(store.list("manifests/")),
         lambda: store.get("store.json"),
@@ -119,7 +120,7 @@ def test_list_of_a_folder_that_cannot_be_read_is_an_error(
 def test_put_on_a_full_file_system_leaves_nothing_and_says_so(ext4_pool: Path) -> None:
     folder = ext4_pool / "store"
     folder.mkdir()
-    store = DiskStore(str(folder))
+    store = DiskStore(StoreSpec(url=str(folder)))
     try:
         space = store.space_bytes()
         assert space is not None

@@ -266,7 +266,7 @@ def test_composed_image_of_another_size_is_refused(lio: Site) -> None:
 
 def test_backup_that_is_not_there_says_so(lio: Site) -> None:
     source = BackupSource(
-        store_url=str(lio.folder / "store"),
+        store=str(lio.folder / "store"),
         backup="b" * 10,
         volume="root",
         size_bytes=MIB,

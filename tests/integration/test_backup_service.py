@@ -34,6 +34,7 @@ from offload.services.prune import prune
 from offload.services.verify import Problem, verify
 from offload.snapshots.copy import CopyProvider
 from offload.stores.disk import DiskStore
+from offload.storespec import StoreSpec
 
 CHUNK = 4096
 SIZES = {"db": 61 * CHUNK + 1024, "web": 20 * CHUNK}
@@ -142,7 +143,7 @@ class Site:
 
     def open_image(self, backup_id: str, volume: str) -> Image:
         source = BackupSource(
-            store_url=str(self.folder / "store"), backup=backup_id, volume=volume,
+            store=str(self.folder / "store"), backup=backup_id, volume=volume,
             size_bytes=SIZES[volume], cache_dir=self.ctx.instance.cache_dir,
         )  # fmt: skip
         return compose.open_image(source)
@@ -188,7 +189,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         (tmp_path / f"{name}.raw").write_bytes(data)
     (tmp_path / "store").mkdir()
     parameters = new_parameters(chunk_bytes=CHUNK, page_entries=4, pack_bytes=32 << 10)
-    store = DiskStore(str(tmp_path / "store"))
+    store = DiskStore(StoreSpec(url=str(tmp_path / "store")))
     store.put(layout.STORE_OBJECT, [encode_parameters(parameters)])
     store.close()
     with open_context(config) as ctx:
@@ -249,7 +250,7 @@ def test_backup_resized_volume_is_read_in_full(site: Site) -> None:
     ident = report.backup.id
     image = compose.open_image(
         BackupSource(
-            store_url=str(site.folder / "store"),
+            store=str(site.folder / "store"),
             backup=ident,
             volume="web",
             size_bytes=SIZES["web"] + 1200,
@@ -360,7 +361,9 @@ def _flip(path: Path, bit: int) -> None:
 
 
 def _keys(site: Site) -> Repository:
-    return Repository.open(DiskStore(str(site.folder / "store")), site.ctx.instance.cache_dir)
+    return Repository.open(
+        DiskStore(StoreSpec(url=str(site.folder / "store"))), site.ctx.instance.cache_dir
+    )
 
 
 def _entries(site: Site, pack: Path) -> list[Entry]:
@@ -749,9 +752,10 @@ from offload.engine.writeimage import Job, write_image
 from offload.format import layout
 from offload.images.file import FileImage
 from offload.model import RawSource
+from offload.storespec import StoreSpec
 from offload.stores.disk import DiskStore
 folder = Path(sys.argv[1])
-store = DiskStore(str(folder / "store"))
+store = DiskStore(StoreSpec(url=str(folder / "store")))
 store.put(layout.STORE_OBJECT, [layout.encode_parameters(layout.new_parameters())])
 repository = Repository.open(store, folder / "cache")
 size = (folder / "image.raw").stat().st_size

@@ -31,6 +31,7 @@ from offload.images.file import FileImage
 from offload.model import RawSource
 from offload.quantity import Watermark
 from offload.stores.disk import DiskStore
+from offload.storespec import StoreSpec
 from offload.testing.images import MemoryImage
 
 CHUNK = 4096
@@ -40,7 +41,7 @@ _names = count()
 def make_repository(folder: Path, **parameters: int) -> Repository:
     """A fresh store with small chunks, pages and packs."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = DiskStore(str(folder / "store"))
+    store = DiskStore(StoreSpec(url=str(folder / "store")))
     store.root.mkdir()
     chosen = {"chunk_bytes": CHUNK, "page_entries": 4, "pack_bytes": 64 << 10, **parameters}
     store.put(layout.STORE_OBJECT, [encode_parameters(new_parameters(**chosen))])
@@ -409,7 +410,7 @@ def test_cache_thrown_away_or_damaged_is_made_again(tmp_path: Path) -> None:
         if damage is not None:
             path.write_bytes(damage)
             path.with_name(path.name + "-wal").write_bytes(damage)
-        repository = Repository.open(DiskStore(str(tmp_path / "store")), path.parent)
+        repository = Repository.open(DiskStore(StoreSpec(url=str(tmp_path / "store"))), path.parent)
         assert read(repository, root, len(data)) == data
     repository.close()
 
@@ -423,7 +424,7 @@ def test_cache_damaged_inside_is_one_clear_error(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[8192:] = b"\xff" * (len(raw) - 8192)
     path.write_bytes(raw)
-    again = Repository.open(DiskStore(str(tmp_path / "store")), path.parent)
+    again = Repository.open(DiskStore(StoreSpec(url=str(tmp_path / "store"))), path.parent)
     with pytest.raises(UnavailableError, match="chunk index"):
         read(again, root, len(data))
     again.close()
@@ -438,7 +439,7 @@ def test_cache_shared_by_two_openers_finds_what_either_writes(tmp_path: Path) ->
     root, _ = write(one, data)
     assert read(one, root, len(data)) == data
     one.store.delete(vanished[0])
-    two = Repository.open(DiskStore(str(tmp_path / "store")), tmp_path / "cache")
+    two = Repository.open(DiskStore(StoreSpec(url=str(tmp_path / "store"))), tmp_path / "cache")
     assert read(one, root, len(data)) == data
     more, _ = write(two, random.Random(3).randbytes(30 * CHUNK))
     assert read(one, more, 30 * CHUNK) == read(two, more, 30 * CHUNK)
@@ -469,7 +470,7 @@ def test_cache_refreshed_by_two_at_once_holds_every_index_object(tmp_path: Path)
     first.close()
 
     def reader(number: int) -> bool:
-        mine = Repository.open(DiskStore(str(tmp_path / "store")), path.parent)
+        mine = Repository.open(DiskStore(StoreSpec(url=str(tmp_path / "store"))), path.parent)
         try:
             return read(mine, roots[number], 6 * CHUNK) == datas[number]
         finally:

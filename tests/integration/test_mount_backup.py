@@ -143,9 +143,11 @@ def test_mounted_backup_holds_the_store_until_it_is_unmounted(
     ctx: Context, backup_id: str, folder: Path
 ) -> None:
     from offload.compose import open_store
+    from offload.store import Exclusive
 
     (view,) = mounts.mount(ctx, [f"backup:{backup_id}/db"])
     store = open_store(str(folder / "store"))
+    assert isinstance(store, Exclusive)
     with pytest.raises(BusyError), store.lock(exclusive=True):
         pass
     mounts.unmount(ctx, [view.name])

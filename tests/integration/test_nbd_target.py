@@ -447,7 +447,7 @@ def test_backup_export_without_store_is_one_clear_error(
     target: NbdTarget, request_: ExportRequest, folder: Path
 ) -> None:
     source = BackupSource(
-        store_url=str(folder / "no-store"),
+        store=str(folder / "no-store"),
         backup="b1",
         volume="v",
         size_bytes=MIB,

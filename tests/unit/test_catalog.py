@@ -138,7 +138,7 @@ _sources: st.SearchStrategy[Source] = st.one_of(
     st.builds(Qcow2Source, path=_path, size_bytes=_bytes, snapshot=st.none() | _text),
     st.builds(
         BackupSource,
-        store_url=_text,
+        store=_text,
         backup=_text,
         volume=_text,
         size_bytes=_bytes,

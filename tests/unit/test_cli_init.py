@@ -12,8 +12,9 @@ import pytest
 
 from offload import init_template
 from offload.cli.main import run
-from offload.config import Config, GroupConfig, StoreConfig, VolumeConfig, load_config
+from offload.config import Config, GroupConfig, VolumeConfig, load_config
 from offload.configs.quiesce import LocalQuiesce
+from offload.configs.stores import StoreConfig
 
 
 def _uncommented(text: str) -> str:

@@ -198,12 +198,12 @@ def test_load_secret_that_others_may_read_is_refused_and_not_shown(file: Path, m
     assert "hunter2" not in caught.value.message
 
 
-def test_load_passphrase_is_refused_rather_than_ignored(file: Path) -> None:
+def test_load_passphrase_in_the_file_is_refused_with_the_way_out(file: Path) -> None:
     file.write_text(GOOD + 'passphrase = "hunter2"\n')
     file.chmod(0o600)
     with pytest.raises(ConfigError) as caught:
         load_config(file)
-    assert "does not encrypt" in caught.value.message
+    assert "did you mean 'passphrase_file'?" in caught.value.message
     assert "hunter2" not in caught.value.message
 
 

@@ -24,7 +24,7 @@ EXAMPLES: tuple[Source, ...] = (
         cluster="c0", pool=3, image="1a", name="vms/db", group="g", conf=Path("/c"),
         user="client.a", size_bytes=7, sector_size=4096,
     ),
-    BackupSource(store_url="/store", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c")),
+    BackupSource(store="/store", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c")),
 )  # fmt: skip
 
 

@@ -1,0 +1,155 @@
+"""`[stores.NAME]`: where backups live."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from offload.configs.base import Model, absolute_path, seconds
+from offload.quantity import Watermark, parse_size
+from offload.storespec import KeySource, StoreSpec
+
+Span = Annotated[float, BeforeValidator(seconds), Field(ge=0)]  # seconds, or "14d"
+
+
+class KeepConfig(Model):
+    """`[stores.NAME.keep]`: which backups `prune` keeps, per group."""
+
+    last: int = Field(default=0, ge=0)
+    hourly: int = Field(default=0, ge=0)
+    daily: int = Field(default=0, ge=0)
+    weekly: int = Field(default=0, ge=0)
+    monthly: int = Field(default=0, ge=0)
+    yearly: int = Field(default=0, ge=0)
+    within: Span = 0.0
+
+
+class KeyConfig(Model):
+    """`[stores.NAME.key]`: what opens an encrypted store. Exactly one of them."""
+
+    file: Path | None = None  # a key file, 0600, made by `store init` where it is missing
+    passphrase_file: Path | None = None  # its first line, 0600
+    command: tuple[str, ...] | None = None  # prints a passphrase, e.g. systemd-creds decrypt …
+
+    @field_validator("file", "passphrase_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return absolute_path(value)
+
+    @model_validator(mode="after")
+    def _one(self) -> KeyConfig:
+        given = [v for v in (self.file, self.passphrase_file, self.command) if v]
+        if len(given) != 1:
+            raise ValueError("needs exactly one of file, passphrase_file, command")
+        return self
+
+    def source(self) -> KeySource:
+        """What the engine takes."""
+        if self.file is not None:
+            return KeySource(kind="file", value=(str(self.file),))
+        if self.passphrase_file is not None:
+            return KeySource(kind="passphrase-file", value=(str(self.passphrase_file),))
+        return KeySource(kind="command", value=self.command or ())
+
+
+class _StoreBase(Model):
+    keep: KeepConfig | None = None
+    key: KeyConfig | None = None  # none: not encrypted
+
+    @field_validator("key")
+    @classmethod
+    def _not_yet(cls, value: KeyConfig | None) -> None:
+        if value is not None:
+            raise ValueError("this version does not encrypt stores; remove it, or wait")
+
+    def _spec(self, url: str, options: dict[str, str]) -> StoreSpec:
+        return StoreSpec(url=url, options=options, key=self.key.source() if self.key else None)
+
+
+class DiskStoreConfig(_StoreBase):
+    """A folder of a file system."""
+
+    kind: Literal["disk"]
+    path: Path
+    min_free: str = "1GiB"  # a backup stops cleanly before the store's file system is fuller
+
+    @field_validator("min_free")
+    @classmethod
+    def _free(cls, value: str) -> str:
+        Watermark.parse(value)
+        return value
+
+    def spec(self) -> StoreSpec:
+        """How it is opened."""
+        return self._spec(str(self.path), {})
+
+
+class S3StoreConfig(_StoreBase):
+    """A bucket, or a part of one. Credentials come from where AWS's tools look for them:
+    environment, `profile`, `credentials_file`, the machine's role; never from this file."""
+
+    kind: Literal["s3"]
+    bucket: str
+    prefix: str = ""  # e.g. "offload/main"; several stores can share a bucket
+    endpoint: str | None = None  # None: AWS
+    region: str | None = None
+    path_style: bool = False  # bucket in the path, not in the host name: most servers but AWS
+    profile: str | None = None
+    credentials_file: Path | None = None  # in the format of ~/.aws/credentials, 0600
+    ca_file: Path | None = None  # of an authority of one's own
+    storage_class: str | None = None
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key: str | None = None
+    bandwidth: str | None = None  # bytes a second, e.g. "50MiB"; each way
+    parallel: int = Field(default=8, ge=1, le=64)  # requests at once
+
+    @field_validator("credentials_file", "ca_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return absolute_path(value)
+
+    @field_validator("prefix")
+    @classmethod
+    def _prefix(cls, value: str) -> str:
+        value = value.strip("/")
+        if value and not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", value):
+            raise ValueError("must be letters, digits, '.', '_', '-', and '/' between them")
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s]+/?", value):
+            raise ValueError("must be http://HOST[:PORT] or https://HOST[:PORT]")
+        return value and value.rstrip("/")
+
+    @field_validator("bandwidth")
+    @classmethod
+    def _bandwidth(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+    @property
+    def min_free(self) -> str:
+        """Nothing to watch: a bucket has no end."""
+        return "0"
+
+    def spec(self) -> StoreSpec:
+        """How it is opened."""
+        names = (
+            "endpoint", "region", "profile", "credentials_file", "ca_file", "storage_class",
+            "server_side_encryption", "kms_key", "bandwidth",
+        )  # fmt: skip
+        options = {n: str(getattr(self, n)) for n in names if getattr(self, n) is not None}
+        options["parallel"] = str(self.parallel)
+        if self.path_style:
+            options["path_style"] = "yes"
+        place = f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
+        return self._spec(f"s3://{place}", options)
+
+
+StoreConfig = DiskStoreConfig
