@@ -322,7 +322,18 @@ class Backup:
     parent: str | None = None
     host: str = ""
     alarms: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     def image(self, volume: str) -> ImageRecord | None:
         """The image of one volume, or None."""
         return next((i for i in self.images if i.volume == volume), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegalHold:
+    """A backup that stays, whatever the rules say, until somebody releases it."""
+
+    backup: BackupId
+    placed_at: datetime
+    host: str  # on which it was placed
+    reason: str = ""

@@ -18,6 +18,7 @@ from offload.model import (
     HeldPart,
     ImageRecord,
     Instant,
+    LegalHold,
     QuiesceReport,
     Snapshot,
     TimeMark,
@@ -165,6 +166,16 @@ def connection_of(row: Row) -> Connection:
     return Connection(**{**row, **typed})
 
 
+def hold_row(hold: LegalHold) -> Row:
+    """A legal hold as a row."""
+    return dataclasses.asdict(hold)
+
+
+def hold_of(row: Row) -> LegalHold:
+    """The inverse of `hold_row`."""
+    return LegalHold(**{**row, "backup": BackupId(row["backup"])})
+
+
 def backup_row(backup: Backup) -> Row:
     """A backup as a row."""
     return {
@@ -180,6 +191,7 @@ def backup_row(backup: Backup) -> Row:
         "parent": backup.parent,
         "host": backup.host,
         "alarms": list(backup.alarms),
+        "tags": list(backup.tags),
     }
 
 
@@ -198,4 +210,5 @@ def backup_of(row: Row) -> Backup:
         parent=row["parent"],
         host=row["host"],
         alarms=tuple(row["alarms"]),
+        tags=tuple(row["tags"]),
     )

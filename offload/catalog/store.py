@@ -30,7 +30,7 @@ from offload.catalog.rows import ParentLink, Row, Verification
 from offload.catalog.schema import corrupt, open_engine, translated, writing
 from offload.errors import BusyError, NotFoundError, OffloadError
 from offload.ids import match_prefix
-from offload.model import Backup, Connection, TimeMark, View
+from offload.model import Backup, BackupId, Connection, LegalHold, TimeMark, View
 
 __all__ = ["Catalog", "ParentLink", "Verification"]
 
@@ -246,6 +246,30 @@ class Catalog:
         table = tables.parents
         with self._write() as db:
             db.execute(delete(table).where(table.c.timemark == timemark_id))
+
+    # legal holds
+
+    def set_holds(self, store: str, holds: Sequence[LegalHold]) -> None:
+        """Make `holds` all that is known of a store's legal holds, at once.
+
+        Those on backups that are not in the catalog are left out.
+        """
+        table, backups = tables.legal_holds, tables.backups
+        with self._write() as db:
+            mine = set(db.execute(select(backups.c.id).where(backups.c.store == store)).scalars())
+            db.execute(
+                delete(table).where(
+                    table.c.backup.in_(select(backups.c.id).where(backups.c.store == store))
+                )
+            )
+            for hold in holds:
+                if hold.backup in mine:
+                    db.execute(insert(table), rows.hold_row(hold))
+
+    def holds(self) -> dict[BackupId, LegalHold]:
+        """All legal holds that are known, by backup."""
+        found = self._all(select(tables.legal_holds), rows.hold_of)
+        return {hold.backup: hold for hold in found}
 
     # verifications
 

@@ -120,6 +120,7 @@ backups = Table(
     Column("parent", Text),  # the same
     Column("host", Text, nullable=False),
     Column("alarms", JSON, nullable=False),
+    Column("tags", JSON, nullable=False),
     Index("backups_store_time", "store", "created_at"),
 )
 
@@ -132,6 +133,16 @@ parents = Table(
     Column("volume", Text, primary_key=True),
     Column("timemark", ForeignKey("timemarks.id", ondelete="CASCADE"), nullable=False),
     Column("backup", ForeignKey("backups.id", ondelete="CASCADE"), nullable=False),
+)
+
+# What the stores say, so that a list can show it: prune asks the store itself.
+legal_holds = Table(
+    "legal_holds",
+    metadata,
+    Column("backup", ForeignKey("backups.id", ondelete="CASCADE"), primary_key=True),
+    Column("placed_at", UtcDateTime, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("reason", Text, nullable=False),
 )
 
 verifications = Table(

@@ -17,6 +17,9 @@ STORE_OBJECT = "store.json"
 PACKS = "packs/"
 INDEXES = "index/"
 MANIFESTS = "manifests/"
+FOLDS = "folds/"
+HOLDS = "holds/"
+VOIDS = "voids/"
 FORMAT_NAME = "offload-store"
 FORMAT_VERSION = 1
 
@@ -34,6 +37,16 @@ def index_name(writer: str) -> str:
 def manifest_name(backup: str) -> str:
     """The manifest of one backup."""
     return f"{MANIFESTS}{backup}"
+
+
+def fold_name(prune: str) -> str:
+    """The new roots that one prune has made."""
+    return f"{FOLDS}{prune}"
+
+
+def hold_name(backup: str) -> str:
+    """The legal hold on one backup."""
+    return f"{HOLDS}{backup}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

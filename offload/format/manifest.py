@@ -43,6 +43,7 @@ def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
             "parent": b.parent,
             "host": b.host,
             "alarms": list(b.alarms),
+            "tags": list(b.tags),
             "images": [_image_value(image) for image in b.images],
             "group_config": manifest.group_config,
             "file_index": None,
@@ -113,6 +114,7 @@ def _backup(value: dict[str, Any], store: str) -> Backup:
         parent=value["parent"],
         host=value["host"],
         alarms=tuple(value["alarms"]),
+        tags=tuple(value.get("tags", ())),
     )
 
 
