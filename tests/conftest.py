@@ -10,6 +10,7 @@ import pytest
 
 from offload.testing.ceph import RunningCeph, running_ceph
 from offload.testing.pools import loop_pool
+from offload.testing.rgw import RunningRgw, running_rgw
 
 pytest_plugins = ["offload.testing.lab.plugin"]
 
@@ -38,6 +39,13 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCeph]:
     """A real Ceph cluster with the pool `vms`, shared: who makes an image removes it."""
     with running_ceph(tmp_path_factory.mktemp("ceph") / "cluster") as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRgw]:
+    """A real S3 server, shared: each test makes buckets of its own with `new_bucket`."""
+    with running_rgw(tmp_path_factory.mktemp("rgw") / "gateway") as server:
+        yield server
 
 
 @pytest.fixture

@@ -60,14 +60,14 @@ osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
-osd client watch timeout = 3
 osd heartbeat grace = 600
-osd class load list = lock rbd
-osd class default list = lock rbd
+osd class load list = {classes}
+osd class default list = {classes}
 [client]
 rbd discard granularity bytes = 4096
 rbd skip partial discard = false
 """
+_FORGET_WATCHERS = "[osd]\nosd client watch timeout = 3\n"  # tests of killed readers wait for it
 _KEYRING = """\
 [mon.]
  key = {mon}
@@ -93,6 +93,10 @@ _KEYRING = """\
  key = {offload}
  caps mon = "profile rbd"
  caps osd = "profile rbd pool=vms"
+[client.rgw]
+ key = {rgw}
+ caps mon = "allow rw"
+ caps osd = "allow rwx"
 """
 
 
@@ -124,23 +128,42 @@ class RunningCeph:
 @contextmanager
 def running_ceph(folder: Path, memory_bytes: int = 2 << 30) -> Iterator[RunningCeph]:
     """A cluster for the block. `folder` is made; what is stored takes real memory."""
+    with ExitStack() as stack:
+        cluster = stack.enter_context(
+            running_cluster(
+                folder, memory_bytes=memory_bytes, classes="lock rbd", more_conf=_FORGET_WATCHERS
+            )
+        )
+        start_daemon(stack, folder, cluster.conf, "ceph-mgr", "mgr.a")
+        _wait_until_usable(cluster.conf)
+        yield cluster
+
+
+@contextmanager
+def running_cluster(
+    folder: Path, *, memory_bytes: int, classes: str, more_conf: str = ""
+) -> Iterator[RunningCeph]:
+    """A monitor and an OSD alone, without a pool. `classes` are those that the OSD may load."""
     folder.mkdir(parents=True, mode=0o700)
-    fsid, port = str(uuid.uuid4()), _free_port()
-    keys = {name: _new_key() for name in ("mon", "osd", "mgr", "admin", "lookout", "offload")}
+    fsid, port = str(uuid.uuid4()), free_port()
+    names = ("mon", "osd", "mgr", "admin", "lookout", "offload", "rgw")
+    keys = {name: _new_key() for name in names}
     conf = folder / "ceph.conf"
-    conf.write_text(_CONF.format(fsid=fsid, port=port, folder=folder, memory_bytes=memory_bytes))
+    text = _CONF.format(
+        fsid=fsid, port=port, folder=folder, memory_bytes=memory_bytes, classes=classes
+    )
+    conf.write_text(text + more_conf)
     _write_private(folder / "keyring", _KEYRING.format(**keys))
     for name in ("mgr", "osd"):
         (folder / name).mkdir()
     with ExitStack() as stack:
         mon = _start_mon(stack, folder, conf, fsid, port)
         osd = _start_osd(stack, folder, conf, keys["osd"])
-        _start(stack, folder, conf, "ceph-mgr", "a")
-        _wait_until_usable(conf)
         yield RunningCeph(conf=conf, fsid=fsid, mon=mon, osd=osd)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of loopback that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -166,7 +189,7 @@ def _start_mon(stack: ExitStack, folder: Path, conf: Path, fsid: str, port: int)
     mon = require_program("ceph-mon", "ceph-mon")
     keyring = str(folder / "keyring")
     run([mon, "-c", str(conf), "-i", "a", "--mkfs", "--monmap", monmap, "--keyring", keyring])
-    return _start(stack, folder, conf, "ceph-mon", "a")
+    return start_daemon(stack, folder, conf, "ceph-mon", "mon.a")
 
 
 def _start_osd(stack: ExitStack, folder: Path, conf: Path, key: str) -> ProcessRef:
@@ -175,15 +198,15 @@ def _start_osd(stack: ExitStack, folder: Path, conf: Path, key: str) -> ProcessR
     _order(conf, order, json.dumps({"cephx_secret": key}).encode())
     osd = require_program("ceph-osd", "ceph-osd")
     run([osd, "-c", str(conf), "-i", "0", "--mkfs", "--osd-uuid", name])
-    return _start(stack, folder, conf, "ceph-osd", "0")
+    return start_daemon(stack, folder, conf, "ceph-osd", "osd.0")
 
 
-def _start(stack: ExitStack, folder: Path, conf: Path, program: str, name: str) -> ProcessRef:
+def start_daemon(stack: ExitStack, folder: Path, conf: Path, program: str, name: str) -> ProcessRef:
     """In the foreground; ends with the stack, or with the calling thread."""
     log = os.open(folder / f"{program}.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         argv = [require_program("setpriv", "util-linux"), "--pdeathsig", "KILL"]
-        argv += [require_program(program, program), "-c", str(conf), "-i", name, "-f"]
+        argv += [require_program(program, program), "-c", str(conf), "-n", name, "-f"]
         process = spawn(argv, stdout=log, stderr=log)
     finally:
         os.close(log)
