@@ -27,9 +27,9 @@ def check(good: bool, what: object) -> None:
         sys.exit(f"damaged: {what}")
 
 
-def unseal(path: Path, key: bytes | None) -> dict[str, Any]:
+def unseal(path: Path, key: bytes | None, name: str = "") -> dict[str, Any]:
     body, _, rest = path.read_bytes().partition(b"\n")
-    digest = (blake3(body, key=key) if key else blake3(body)).hexdigest()
+    digest = (blake3(body + b"\n" + name.encode(), key=key) if key else blake3(body)).hexdigest()
     check(rest == b"blake3:" + digest.encode() + b"\n", path)
     value: dict[str, Any] = json.loads(body)
     return value
@@ -55,32 +55,38 @@ class Store:
     def read_indexes(self) -> None:
         for path in sorted((self.folder / "index").iterdir()):
             raw = path.read_bytes()
-            check(blake3(raw[:-32], key=self.keys["mac"]).digest() == raw[-32:], path)
+            check(
+                blake3(raw[:-32] + f"index/{path.name}".encode(), key=self.keys["mac"]).digest()
+                == raw[-32:],
+                path,
+            )
             check(raw[:8] == b"OFFLIDX1", path)
-            (count,) = struct.unpack_from("<I", raw, 8)
-            at = 12
+            (count,) = struct.unpack_from("<I", raw, 12)
+            at = 16
             for _ in range(count):
                 (length,) = struct.unpack_from("<H", raw, at)
                 pack = raw[at + 2 : at + 2 + length].decode()
                 at += 2 + length
-                (entries,) = struct.unpack_from("<I", raw, at)
-                at += 4
+                (entries,) = struct.unpack_from("<I", raw, at + 34)
+                at += 38
                 self.note(pack, raw[at : at + entries * ENTRY.size])
                 at += entries * ENTRY.size
             check(at == len(raw) - 32, path)
 
     def read_footers(self) -> None:
         for path in sorted((self.folder / "packs").glob("*/*")):
-            raw = path.read_bytes()
+            raw, name = path.read_bytes(), path.relative_to(self.folder).as_posix()
             end = raw[-TRAILER_BYTES:]
             magic, at, count, version, mac, last = struct.unpack("<8sQII32s8s", end)
             check((magic, version, last) == (b"OFFLFOOT", 1, b"OFFLEND\n"), path)
             check(raw[:16] == b"OFFLPACK" + struct.pack("<II", 1, 0), path)
             body = raw[at:-TRAILER_BYTES]
             check(len(body) == count * ENTRY.size, path)
-            covered = blake3(raw[:16] + body + end[:24], key=self.keys["mac"]).digest()
+            covered = blake3(
+                raw[:16] + body + end[:24] + name.encode(), key=self.keys["mac"]
+            ).digest()
             check(covered == mac, path)
-            self.note(path.relative_to(self.folder).as_posix(), body)
+            self.note(name, body)
 
     def note(self, pack: str, entries: bytes) -> None:
         for ident, kind, encoding, version, raw, stored, offset in ENTRY.iter_unpack(entries):
@@ -153,7 +159,7 @@ def chunk_of(store: Store, ids: list[bytes], length: int) -> bytearray:
 
 
 def restore(store: Store, backup: str, volume: str, output: Path) -> None:
-    manifest = unseal(store.folder / "manifests" / backup, store.keys["mac"])
+    manifest = unseal(store.folder / "manifests" / backup, store.keys["mac"], f"manifests/{backup}")
     check(manifest["id"] == backup and manifest["version"] == 1, "manifest")
     image = next(i for i in manifest["images"] if i["volume"] == volume)
     size, chunk = image["size_bytes"], store.about["chunk_bytes"]

@@ -28,22 +28,26 @@ class KeepConfig(Model):
 
 
 class KeyConfig(Model):
-    """`[stores.NAME.key]`: what opens an encrypted store. Exactly one of them."""
+    """`[stores.NAME.key]`: what opens an encrypted store. Exactly one of them.
+
+    Without this table the store is not encrypted.
+    """
 
     file: Path | None = None  # a key file, 0600, made by `store init` where it is missing
     passphrase_file: Path | None = None  # its first line, 0600
+    recovery_file: Path | None = None  # a recovery key, 0600: for a machine made anew
     command: tuple[str, ...] | None = None  # prints a passphrase, e.g. systemd-creds decrypt …
 
-    @field_validator("file", "passphrase_file")
+    @field_validator("file", "passphrase_file", "recovery_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return absolute_path(value)
 
     @model_validator(mode="after")
     def _one(self) -> KeyConfig:
-        given = [v for v in (self.file, self.passphrase_file, self.command) if v]
-        if len(given) != 1:
-            raise ValueError("needs exactly one of file, passphrase_file, command")
+        ways = (self.file, self.passphrase_file, self.recovery_file, self.command)
+        if len([way for way in ways if way]) != 1:
+            raise ValueError("needs exactly one of file, passphrase_file, recovery_file, command")
         return self
 
     def source(self) -> KeySource:
@@ -52,18 +56,14 @@ class KeyConfig(Model):
             return KeySource(kind="file", value=(str(self.file),))
         if self.passphrase_file is not None:
             return KeySource(kind="passphrase-file", value=(str(self.passphrase_file),))
+        if self.recovery_file is not None:
+            return KeySource(kind="recovery-file", value=(str(self.recovery_file),))
         return KeySource(kind="command", value=self.command or ())
 
 
 class _StoreBase(Model):
     keep: KeepConfig | None = None
     key: KeyConfig | None = None  # none: not encrypted
-
-    @field_validator("key")
-    @classmethod
-    def _not_yet(cls, value: KeyConfig | None) -> None:
-        if value is not None:
-            raise ValueError("this version does not encrypt stores; remove it, or wait")
 
     def _spec(self, url: str, options: dict[str, str]) -> StoreSpec:
         return StoreSpec(url=url, options=options, key=self.key.source() if self.key else None)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import zstandard
 
 from offload.engine.repository import Repository
-from offload.errors import UnavailableError
+from offload.errors import IntegrityError, UnavailableError
 from offload.format import layout
-from offload.format.index import encode_index
+from offload.format.cipher import SALT_BYTES
 from offload.format.pack import (
-    FILE_HEADER,
+    PLAIN_HEAD,
     Encoding,
     Entry,
     Kind,
+    PackCipher,
+    PackHead,
     chunk_id,
     footer,
     record_header,
@@ -26,7 +30,7 @@ from offload.journal import step
 from offload.quantity import Watermark, show_size
 from offload.store import Buffer
 
-_PACKS_IN_FLIGHT = 1  # beside the one being filled and the one being put: three packs of memory
+_PACKS = 3  # of memory: one being filled, one that waits, one being put
 _USUAL_CHUNK = 256 << 10
 _TRIAL_BYTES = 8 << 10
 _TRIAL_FROM = 64 << 10
@@ -79,8 +83,26 @@ def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
     )
 
 
+@dataclass(slots=True)
+class _Pack:
+    """A pack that is being filled. `size` is what its records take so far."""
+
+    name: str
+    head: PackHead
+    cipher: PackCipher
+    size: int
+    entries: list[Entry] = field(default_factory=list)
+    parts: list[Buffer] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    open: int = 0  # records that have a place and no bytes yet
+    full: bool = False
+
+
 class PackWriter:
     """Writes the packs of one writer (a backup, a repack). `add` is safe from many threads.
+
+    Every payload is decrypted, decompressed and compared with its id again before its pack is put:
+    what was hashed is what can be read.
 
     Use it as a context manager: an exception inside abandons the packs (those already put stay in
     the store under the writer's id, and the caller's journal removes them).
@@ -98,10 +120,10 @@ class PackWriter:
         self._mutex = threading.Lock()
         self._nothing_known = repository.index.empty()  # the first backup need not ask each time
         self._mine: set[bytes] = set()
-        self._entries: list[Entry] = []
-        self._parts: list[Buffer] = [FILE_HEADER]
-        self._size = len(FILE_HEADER)
-        self._queue: queue.Queue[tuple[str, list[Buffer]] | None] = queue.Queue(_PACKS_IN_FLIGHT)
+        self._pack: _Pack | None = None
+        self._count = 0
+        self._room = threading.Semaphore(_PACKS)
+        self._queue: queue.Queue[_Pack | None] = queue.Queue()
         self._failure: BaseException | None = None
         self._putter = threading.Thread(target=self._put_all, name="pack-put", daemon=True)
         self._putter.start()
@@ -140,46 +162,102 @@ class PackWriter:
         with self._mutex:
             if ident in self._mine:
                 return False
-            if not self._nothing_known and self.repository.index.find(ident) is not None:
+            if not self._nothing_known and self.repository.index.has(ident):
                 return False
             self._mine.add(ident)
             return True
 
     def append(
-        self, ident: bytes, kind: int, encoding: int, raw_length: int, payload: bytes
+        self, ident: bytes, kind: int, encoding: int, raw_length: int, payload: Buffer
     ) -> int:
-        """Append an encoded chunk; returns its record's bytes. Raises what a background put did."""
+        """Append an encoded chunk, not encrypted; returns its record's bytes.
+
+        Raises IntegrityError (`write-check`) if it does not decode to what its id says, and what a
+        background put raised.
+        """
         if self._failure is not None:
             raise self._failure
         with self._mutex:
-            entry = Entry(ident, kind, encoding, raw_length, len(payload), self._size)
-            self._entries.append(entry)
-            self._parts += (record_header(entry), payload)
-            self._size = entry.end
-            if self._size >= self.repository.parameters.pack_bytes:
-                self._hand_over()
+            pack = self._pack or self._new_pack()
+            length = len(payload) + pack.head.overhead
+            entry = Entry(ident, kind, encoding, raw_length, length, pack.size)
+            place = self._reserve(pack, entry)
+        try:
+            stored = pack.cipher.encrypt(entry, payload)
+            self._check(pack, entry, stored)
+        except BaseException as error:
+            self._failure = error
+            self._room.release()  # its pack will never be put
+            raise
+        self._fill(pack, place, stored)
         return entry.end - entry.offset
 
-    def _hand_over(self) -> None:
-        """Close the pack being filled and queue it (waits while too many are under way)."""
-        if not self._entries:
-            return
-        name = layout.pack_name(self.writer, len(self.packs) + 1)
-        parts = [*self._parts, footer(self._entries, self._size, self._keys)]
-        self.packs[name] = self._entries
-        self._entries, self._parts, self._size = [], [FILE_HEADER], len(FILE_HEADER)
-        self._queue.put((name, parts))
+    def _new_pack(self) -> _Pack:
+        """Begin a pack; waits while too many are in memory. Under the mutex: all wait with it."""
+        self._room.acquire()
+        if self._failure is not None:
+            self._room.release()
+            raise self._failure
+        version = self._keys.current.number
+        head = PackHead(version, secrets.token_bytes(SALT_BYTES)) if version else PLAIN_HEAD
+        self._count += 1
+        name = layout.pack_name(self.writer, self._count)
+        self._pack = _Pack(name, head, PackCipher(name, head, self._keys), head.length)
+        self._pack.parts.append(head.encode())
+        return self._pack
+
+    def _reserve(self, pack: _Pack, entry: Entry) -> int:
+        """Give a record its place in the pack; a pack that is full gets no more."""
+        with pack.lock:
+            pack.entries.append(entry)
+            pack.parts += (record_header(entry, pack.head.key_version), b"")
+            pack.open += 1
+            pack.size = entry.end
+            pack.full = pack.size >= self.repository.parameters.pack_bytes
+            if pack.full:
+                self._pack = None
+            return len(pack.parts) - 1
+
+    def _fill(self, pack: _Pack, place: int, stored: Buffer) -> None:
+        with pack.lock:
+            pack.parts[place] = stored
+            pack.open -= 1
+            ready = pack.full and not pack.open
+        if ready:
+            self._queue.put(pack)
+
+    def _check(self, pack: _Pack, entry: Entry, stored: Buffer) -> None:
+        """What is about to be stored can be read, and is what was hashed."""
+        payload = pack.cipher.decrypt(entry, memoryview(stored))
+        try:
+            if payload is not None:
+                self.repository.decompress(entry, payload, pack.name)
+                return
+        except IntegrityError:
+            pass
+        raise IntegrityError(
+            f"a chunk that was about to be written to {pack.name} cannot be read back: the backup "
+            "was stopped",
+            code="write-check",
+            hint="memory or processor of this machine are not sound: test them before trusting it",
+        )
 
     def _put_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._failure is not None:
-                continue  # drain, so that nobody waits for ever
-            name, parts = item
-            try:
-                self._check_room(sum(len(part) for part in parts))
-                self.stored_bytes += self.repository.store.put(name, parts)
-            except BaseException as error:  # noqa: BLE001 - raised again in the writer's thread
-                self._failure = error
+        while (pack := self._queue.get()) is not None:
+            if self._failure is None:
+                try:
+                    self._put(pack)
+                except BaseException as error:  # noqa: BLE001 - raised again in the writer's thread
+                    self._failure = error
+            pack.parts.clear()
+            self._room.release()  # also after a failure, so that nobody waits for ever
+
+    def _put(self, pack: _Pack) -> None:
+        pack.parts.append(footer(pack.name, pack.entries, pack.size, self._keys, pack.head))
+        self._check_room(sum(len(part) for part in pack.parts))
+        self.stored_bytes += self.repository.store.put(pack.name, pack.parts)
+        self.packs[pack.name] = pack.entries
+        self.repository.note_head(pack.name, pack.head)
 
     def _check_room(self, size: int) -> None:
         space = self.repository.store.space_bytes()
@@ -194,7 +272,9 @@ class PackWriter:
     def flush(self) -> dict[str, list[Entry]]:
         """Put the last pack and wait for all; returns what is in the packs. Ends the writer."""
         with self._mutex:
-            self._hand_over()
+            if self._pack is not None:
+                self._queue.put(self._pack)
+                self._pack = None
         self._queue.put(None)
         self._putter.join()
         if self._failure is not None:
@@ -209,7 +289,7 @@ class PackWriter:
             return None
         step("store.packs.written")
         name = layout.index_name(self.writer)
-        self.stored_bytes += self.repository.store.put(name, [encode_index(self.packs, self._keys)])
+        self.stored_bytes += self.repository.put_index(name, self.packs)
         step("store.index.written")
         self.repository.index.add(name, self.packs)
         return name

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
 from offload.engine.chunkindex import ChunkIndex, Location
+from offload.engine.unlock import unlock
 from offload.errors import IntegrityError, NotFoundError, UnavailableError
 from offload.format import layout
-from offload.format.index import decode_index
+from offload.format.index import decode_index_heads, encode_index
+from offload.format.keys import Keys
 from offload.format.layout import Parameters
-from offload.format.pack import Encoding, Entry, Kind, chunk_id, read_footer, scan_records
+from offload.format.pack import (
+    MAX_HEAD,
+    PLAIN_HEAD,
+    Encoding,
+    Entry,
+    Kind,
+    PackCipher,
+    PackHead,
+    chunk_id,
+    decode_head,
+    read_footer,
+    record_header,
+    scan_records,
+)
+from offload.format.sealed import object_hash, seal_object, unseal_object
 from offload.format.tree import Shape
-from offload.store import Store
+from offload.store import Buffer, Store
 
 log = logging.getLogger(__name__)
+
+_CIPHERS = 1024  # packs whose key is kept
 
 
 class Repository:
@@ -26,16 +48,22 @@ class Repository:
     `cache_dir` is where the local chunk index lives (one file a store).
     """
 
-    def __init__(self, store: Store, parameters: Parameters, cache_dir: Path) -> None:
+    def __init__(self, store: Store, parameters: Parameters, keys: Keys, cache_dir: Path) -> None:
         self.store = store
         self.parameters = parameters
-        self.keys = parameters.keys()
+        self.keys = keys
         self.index = ChunkIndex(cache_dir / f"{parameters.store_id}.index.db")
         self._decoders: list[zstandard.ZstdDecompressor] = []
+        self._heads: dict[str, PackHead] = {}
+        self._ciphers: OrderedDict[str, PackCipher] = OrderedDict()
+        self._mutex = threading.Lock()
 
     @classmethod
     def open(cls, store: Store, cache_dir: Path) -> Repository:
-        """Open an initialised store; UnavailableError (`store-not-initialised`) if it is none."""
+        """Open an initialised store, with the key that its spec names.
+
+        UnavailableError (`store-not-initialised`) if it is none; see `unlock` for errors of keys.
+        """
         try:
             raw = store.get(layout.STORE_OBJECT)
         except NotFoundError as error:
@@ -44,7 +72,8 @@ class Repository:
                 code="store-not-initialised",
                 hint="make it with: offload store init",
             ) from error
-        repository = cls(store, layout.decode_parameters(raw, store.url), cache_dir)
+        parameters = layout.decode_parameters(raw, store.url)
+        repository = cls(store, parameters, unlock(store, parameters), cache_dir)
         try:
             repository.refresh()
         except BaseException:
@@ -56,13 +85,15 @@ class Repository:
         """See what other writers have added or pruned since."""
         self.index.refresh(lambda: self.store.list(layout.INDEXES), self._load_index)
 
-    def _load_index(self, name: str) -> dict[str, list[Entry]]:
-        """One index object; where it is damaged, the footers of all packs instead."""
+    def _load_index(self, name: str) -> tuple[dict[str, list[Entry]], bool]:
+        """One index object, and True; where it is damaged, the footers of all packs, and False."""
         try:
-            return decode_index(name, self.store.get(name), self.keys)
+            packs, heads = decode_index_heads(name, self.store.get(name), self.keys)
+            self._heads.update(heads)
+            return packs, True
         except IntegrityError as error:
             log.warning("%s; reading the packs themselves", error.message)
-            return {pack: self.pack_entries(pack) for pack in self.store.list(layout.PACKS)}
+            return {pack: self.pack_entries(pack) for pack in self.store.list(layout.PACKS)}, False
 
     def pack_entries(self, name: str) -> list[Entry]:
         """What is in a pack: by its footer, or, if that is damaged, by its records."""
@@ -73,6 +104,21 @@ class Repository:
         except IntegrityError:
             return list(scan_records(name, memoryview(self.store.get(name))))
 
+    def put_index(self, name: str, packs: dict[str, list[Entry]]) -> int:
+        """Put an index object; returns its bytes."""
+        heads = {pack: self._heads[pack] for pack in packs if pack in self._heads}
+        return self.store.put(name, [encode_index(name, packs, self.keys, heads)])
+
+    def put_sealed(self, name: str, value: dict[str, Any]) -> str:
+        """Put a sealed object; returns its hash."""
+        raw = seal_object(name, value, self.keys)
+        self.store.put(name, [raw])
+        return object_hash(raw)
+
+    def get_sealed(self, name: str) -> dict[str, Any]:
+        """A sealed object. NotFoundError, IntegrityError (`bad-seal`)."""
+        return unseal_object(name, self.store.get(name), self.keys)
+
     def shape(self, size_bytes: int) -> Shape:
         """The tree geometry of an image of this size."""
         return Shape(size_bytes, self.parameters.chunk_bytes, self.parameters.page_entries)
@@ -80,6 +126,9 @@ class Repository:
     def locate(self, ident: bytes) -> Location:
         """Where a chunk is. IntegrityError (`chunk-missing`) if nowhere."""
         location = self.index.find(ident)
+        if location is None:  # another host's prune may have moved it since
+            self.refresh()
+            location = self.index.find(ident)
         if location is None:
             raise IntegrityError(
                 f"chunk {ident.hex()[:16]} is missing from the store {self.store.url}",
@@ -93,35 +142,104 @@ class Repository:
         return self.read_at(self.locate(ident))
 
     def read_at(self, location: Location) -> bytes:
-        """The content of a chunk at a known place, checked against its id."""
+        """The content of a chunk, checked: from the place given, or from another where that one
+        has gone or is damaged. A prune may move a chunk at any time."""
+        try:
+            return self.read_place(location)
+        except IntegrityError as error:
+            found = self._read_elsewhere(location, refresh=error.code == "pack-missing")
+            if found is None:
+                raise
+            return found
+
+    def _read_elsewhere(self, location: Location, *, refresh: bool) -> bytes | None:
+        tried = {location}
+        for fresh in (False, True) if refresh else (False,):
+            if fresh:
+                self.refresh()
+            for place in self.index.places(location.entry.id):
+                if place not in tried:
+                    tried.add(place)
+                    with contextlib.suppress(IntegrityError):
+                        return self.read_place(place)
+        return None
+
+    def read_place(self, location: Location) -> bytes:
+        """The content of a chunk at this very place, checked against its id.
+
+        IntegrityError (`pack-missing`, `chunk-damaged`).
+        """
         entry = location.entry
         try:
             stored = self.store.get_range(location.pack, entry.payload_offset, entry.stored_length)
+            return self.decode(entry, stored, location.pack)
         except NotFoundError as error:
             raise IntegrityError(
                 f"pack {location.pack} is missing from the store {self.store.url}",
                 code="pack-missing",
                 hint="see which backups it hits: offload verify --all",
             ) from error
-        return self.decode(entry, stored, location.pack)
 
-    def decode(self, entry: Entry, stored: bytes | memoryview, where: str) -> bytes:
-        """Decompress a payload and check it. IntegrityError (`chunk-damaged`)."""
-        raw = bytes(stored) if entry.encoding == Encoding.RAW else self._unzstd(entry, stored)
+    # -- packs -----------------------------------------------------------------------------------
+
+    def note_head(self, pack: str, head: PackHead) -> None:
+        """Take over what a writer in this process knows of its pack."""
+        self._heads[pack] = head
+
+    def pack_head(self, pack: str) -> PackHead:
+        """How a pack is encrypted: known from an index object, or read from its first bytes."""
+        if not self.keys.encrypted:
+            return PLAIN_HEAD
+        head = self._heads.get(pack)
+        if head is None:
+            head = decode_head(pack, self.store.get_range(pack, 0, MAX_HEAD))
+            self._heads[pack] = head
+        return head
+
+    def cipher(self, pack: str) -> PackCipher:
+        """What decrypts a pack."""
+        with self._mutex:
+            found = self._ciphers.get(pack)
+            if found is not None:
+                self._ciphers.move_to_end(pack)
+                return found
+        found = PackCipher(pack, self.pack_head(pack), self.keys)
+        with self._mutex:
+            self._ciphers[pack] = found
+            if len(self._ciphers) > _CIPHERS:
+                self._ciphers.popitem(last=False)
+        return found
+
+    def record_header(self, entry: Entry, pack: str) -> bytes:
+        """The bytes that stand before a payload."""
+        return record_header(entry, self.pack_head(pack).key_version)
+
+    def payload(self, entry: Entry, stored: Buffer, pack: str) -> Buffer:
+        """Decrypt what is stored for a chunk, still compressed: what `PackWriter.append` takes.
+
+        IntegrityError (`chunk-damaged`).
+        """
+        found = self.cipher(pack).decrypt(entry, stored) if self.keys.encrypted else stored
+        if found is None:
+            raise _damaged(entry, pack)
+        return found
+
+    def decode(self, entry: Entry, stored: Buffer, pack: str) -> bytes:
+        """Decrypt and decompress a payload and check it. IntegrityError (`chunk-damaged`)."""
+        return self.decompress(entry, self.payload(entry, stored, pack), pack)
+
+    def decompress(self, entry: Entry, payload: Buffer, pack: str) -> bytes:
+        """Decompress a payload and check it against its id. IntegrityError (`chunk-damaged`)."""
+        raw = bytes(payload) if entry.encoding == Encoding.RAW else self._unzstd(entry, payload)
         if (
             raw is None
             or len(raw) != entry.raw_length
             or chunk_id(entry.kind, raw, self.keys) != entry.id
         ):
-            raise IntegrityError(
-                f"a chunk is damaged: {where}, {entry.stored_length} bytes at "
-                f"{entry.payload_offset}",
-                code="chunk-damaged",
-                hint="see which backups it hits: offload verify --all",
-            )
+            raise _damaged(entry, pack)
         return raw
 
-    def _unzstd(self, entry: Entry, stored: bytes | memoryview) -> bytes | None:
+    def _unzstd(self, entry: Entry, stored: Buffer) -> bytes | None:
         # A pool instead of thread locals: nbdkit's threads get a new Python state at every call.
         decoder = self._decoders.pop() if self._decoders else zstandard.ZstdDecompressor()
         try:
@@ -144,3 +262,11 @@ class Repository:
         """Close the index and the store."""
         self.index.close()
         self.store.close()
+
+
+def _damaged(entry: Entry, pack: str) -> IntegrityError:
+    return IntegrityError(
+        f"a chunk is damaged: {pack}, {entry.stored_length} bytes at {entry.payload_offset}",
+        code="chunk-damaged",
+        hint="see which backups it hits: offload verify --all",
+    )

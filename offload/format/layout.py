@@ -17,11 +17,16 @@ STORE_OBJECT = "store.json"
 PACKS = "packs/"
 INDEXES = "index/"
 MANIFESTS = "manifests/"
+KEYS = "keys/"
+PINS = "pins/"
+FENCES = "fences/"
+VOIDS = "voids/"
+TOMBSTONES = "tombstones/"
 FOLDS = "folds/"
 HOLDS = "holds/"
-VOIDS = "voids/"
 FORMAT_NAME = "offload-store"
 FORMAT_VERSION = 1
+CIPHER = "aes-256-gcm"  # the one that there is
 
 
 def pack_name(writer: str, number: int) -> str:
@@ -49,16 +54,45 @@ def hold_name(backup: str) -> str:
     return f"{HOLDS}{backup}"
 
 
+def key_name(wrapper: str) -> str:
+    """A wrapper of the key ring."""
+    return f"{KEYS}{wrapper}"
+
+
+def pin_name(pin: str, renewal: int) -> str:
+    """A pin; a renewal (from 1) is a new object. Numbers sort as text, so that a listing that runs
+    meanwhile shows the older or the newer one."""
+    return f"{PINS}{pin}.{renewal:06d}"
+
+
+def fence_name(writer: str, prune: str) -> str:
+    """Put by a prune before it gives up on a writer, and taken away by that prune alone."""
+    return f"{FENCES}{writer}/{prune}"
+
+
+def void_name(writer: str) -> str:
+    """From then on nothing of this writer is there."""
+    return f"{VOIDS}{writer}"
+
+
+def tombstone_name(prune: str) -> str:
+    """The packs that a prune will delete."""
+    return f"{TOMBSTONES}{prune}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """What is chosen once, when a store is made. Sizes in bytes."""
+    """What is chosen once, when a store is made. Sizes in bytes.
+
+    `id_key` is None in an encrypted store: there the key ring has it.
+    """
 
     store_id: str
     chunk_bytes: int
     page_entries: int
     pack_bytes: int
     zstd_level: int
-    id_key: bytes
+    id_key: bytes | None
     created_at: datetime
 
     def __post_init__(self) -> None:
@@ -69,11 +103,18 @@ class Parameters:
             raise ValueError(f"page_entries {self.page_entries} is less than 2")
         if self.pack_bytes <= 0:
             raise ValueError(f"pack_bytes {self.pack_bytes} is not positive")
-        if len(self.id_key) != KEY_BYTES:
+        if self.id_key is not None and len(self.id_key) != KEY_BYTES:
             raise ValueError(f"id_key has {len(self.id_key)} bytes, not {KEY_BYTES}")
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether a key opens the store."""
+        return self.id_key is None
+
     def keys(self) -> Keys:
-        """The keys derived from the id key."""
+        """The keys of a plain store; ValueError for an encrypted one."""
+        if self.id_key is None:
+            raise ValueError("the store is encrypted")
         return derive_keys(self.id_key)
 
 
@@ -84,7 +125,7 @@ def new_parameters(
     pack_bytes: int = 32 << 20,
     zstd_level: int = 1,
 ) -> Parameters:
-    """Parameters of a new store, with a fresh id and id key."""
+    """Parameters of a new plain store, with a fresh id and id key."""
     return Parameters(
         store_id=new_id(),
         chunk_bytes=chunk_bytes,
@@ -98,26 +139,25 @@ def new_parameters(
 
 def encode_parameters(parameters: Parameters) -> bytes:
     """The bytes of `store.json`."""
-    return seal(
-        {
-            "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
-            "id": parameters.store_id,
-            "created_at": parameters.created_at.isoformat(),
-            "chunk_bytes": parameters.chunk_bytes,
-            "page_entries": parameters.page_entries,
-            "pack_bytes": parameters.pack_bytes,
-            "zstd_level": parameters.zstd_level,
-            "id_key": parameters.id_key.hex(),
-            "encryption": None,
-        },
-        None,
-    )
+    value: dict[str, Any] = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "id": parameters.store_id,
+        "created_at": parameters.created_at.isoformat(),
+        "chunk_bytes": parameters.chunk_bytes,
+        "page_entries": parameters.page_entries,
+        "pack_bytes": parameters.pack_bytes,
+        "zstd_level": parameters.zstd_level,
+        "encryption": {"cipher": CIPHER} if parameters.id_key is None else None,
+    }
+    if parameters.id_key is not None:
+        value["id_key"] = parameters.id_key.hex()
+    return seal(value)
 
 
 def decode_parameters(raw: bytes, where: str) -> Parameters:
     """The inverse. IntegrityError if damaged, UnavailableError (`store-newer`) if too new."""
-    value = unseal(f"{where}/{STORE_OBJECT}", raw, None)
+    value = unseal(f"{where}/{STORE_OBJECT}", raw)
     if value.get("format") != FORMAT_NAME:
         raise IntegrityError(f"{where} is no offload store", code="not-a-store")
     if value["version"] > FORMAT_VERSION:
@@ -126,9 +166,9 @@ def decode_parameters(raw: bytes, where: str) -> Parameters:
             code="store-newer",
             hint="use a newer offload",
         )
-    if value.get("encryption") is not None:
+    if value.get("encryption") not in (None, {"cipher": CIPHER}):
         raise UnavailableError(
-            f"the store {where} is encrypted, which this version cannot read",
+            f"the store {where} is encrypted in a way that this version cannot read",
             code="store-newer",
             hint="use a newer offload",
         )
@@ -147,6 +187,6 @@ def _from_value(value: dict[str, Any]) -> Parameters:
         page_entries=value["page_entries"],
         pack_bytes=value["pack_bytes"],
         zstd_level=value["zstd_level"],
-        id_key=bytes.fromhex(value["id_key"]),
+        id_key=None if value["encryption"] else bytes.fromhex(value["id_key"]),
         created_at=datetime.fromisoformat(value["created_at"]),
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 from offload.errors import IntegrityError, UnavailableError
 from offload.format.keys import Keys
-from offload.format.sealed import seal, seal_hash, unseal
+from offload.format.layout import manifest_name
+from offload.format.sealed import object_hash, seal_object, unseal_object
 from offload.model import Backup, BackupId, Consistency, ImageRecord, Instant
 
 VERSION = 1
@@ -29,7 +30,8 @@ class Manifest:
 def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
     """The bytes of a manifest object."""
     b = manifest.backup
-    return seal(
+    return seal_object(
+        manifest_name(b.id),
         {
             "format": "offload-manifest",
             "version": VERSION,
@@ -51,7 +53,7 @@ def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
             "previous": manifest.previous,
             "software": manifest.software,
         },
-        keys.mac,
+        keys,
     )
 
 
@@ -72,9 +74,10 @@ def _image_value(image: ImageRecord) -> dict[str, Any]:
 def decode_manifest(name: str, raw: bytes, keys: Keys, store: str) -> Manifest:
     """The inverse; `store` is the name under which this store is configured here.
 
-    IntegrityError if damaged, UnavailableError (`manifest-newer`) if of a newer version.
+    IntegrityError if damaged or under the name of another, UnavailableError (`manifest-newer`) if
+    of a newer version.
     """
-    value = unseal(name, raw, keys.mac)
+    value = unseal_object(name, raw, keys)
     if value.get("version", 0) > VERSION:
         raise UnavailableError(
             f"{name} is of a newer version", code="manifest-newer", hint="use a newer offload"
@@ -120,4 +123,4 @@ def _backup(value: dict[str, Any], store: str) -> Backup:
 
 def manifest_hash(raw: bytes) -> str:
     """What the next manifest's `previous` names."""
-    return seal_hash(raw)
+    return object_hash(raw)

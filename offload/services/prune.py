@@ -31,7 +31,6 @@ from offload.engine.repository import Repository
 from offload.engine.tree import walk_pages
 from offload.errors import IntegrityError, OffloadError
 from offload.format import layout
-from offload.format.index import encode_index
 from offload.format.pack import Entry, pack_bytes
 from offload.ids import new_id
 from offload.instance import Instance
@@ -258,7 +257,7 @@ def _free(repository: Repository, writer_id: str, plan: _PackPlan, live: _LiveSe
     packs.update(_rewrite(repository, writer_id, plan.rewrite, live))
     step("prune.packs.copied")
     name = layout.index_name(writer_id)
-    repository.store.put(name, [encode_index(packs, repository.keys)])
+    repository.put_index(name, packs)
     step("prune.index.written")
     for old in old_indexes:
         repository.store.delete(old)
@@ -281,13 +280,13 @@ def _kept_entries(
 def _rewrite(
     repository: Repository, writer_id: str, packs: Sequence[str], live: _LiveSet
 ) -> dict[str, list[Entry]]:
-    """Copy live chunks as they are stored, each checked on the way."""
+    """Copy live chunks as they are compressed; the writer checks each, and encrypts it anew."""
     with PackWriter(repository, writer_id) as writer:
         for pack in packs:
             for entry in _live_in(repository, pack, live):
                 stored = repository.store.get_range(pack, entry.payload_offset, entry.stored_length)
-                repository.decode(entry, stored, pack)
-                writer.append(entry.id, entry.kind, entry.encoding, entry.raw_length, stored)
+                payload = repository.payload(entry, stored, pack)
+                writer.append(entry.id, entry.kind, entry.encoding, entry.raw_length, payload)
         return writer.flush()
 
 

@@ -12,7 +12,7 @@ from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.errors import BusyError, IntegrityError, NotFoundError, OffloadError, UnavailableError
 from offload.format import layout
-from offload.format.index import decode_index, encode_index
+from offload.format.index import decode_index
 from offload.format.layout import encode_parameters, new_parameters
 from offload.format.manifest import Manifest, decode_manifest
 from offload.format.pack import read_footer
@@ -246,7 +246,7 @@ def _rebuild_index(repository: Repository) -> None:
     objects = repository.store
     old = list(objects.list(layout.INDEXES))
     packs = {pack: repository.pack_entries(pack) for pack in objects.list(layout.PACKS)}
-    objects.put(layout.index_name(new_id()), [encode_index(packs, repository.keys)])
+    repository.put_index(layout.index_name(new_id()), packs)
     for name in old:
         objects.delete(name)
     repository.refresh()

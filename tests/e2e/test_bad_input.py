@@ -139,9 +139,9 @@ def test_store_of_a_newer_format_is_refused(site: Site) -> None:
     from offload.format.sealed import seal, unseal
 
     path = site.store / "store.json"
-    value = unseal("store.json", path.read_bytes(), None)
+    value = unseal("store.json", path.read_bytes())
     path.chmod(0o600)
-    path.write_bytes(seal({**value, "version": 99}, None))
+    path.write_bytes(seal({**value, "version": 99}))
     error = site.refused("backup", "shop")
     assert (error["code"], error["status"]) == ("store-newer", 6)
 

@@ -36,7 +36,7 @@ def _pack(payloads: list[tuple[Kind, bytes]]) -> tuple[bytes, list[Entry]]:
         entry = Entry(ident, kind, Encoding.RAW, len(payload), len(payload), len(raw))
         entries.append(entry)
         raw += record_header(entry) + payload
-    return bytes(raw) + footer(entries, len(raw), _KEYS), entries
+    return bytes(raw) + footer("p", entries, len(raw), _KEYS), entries
 
 
 def _range(raw: bytes, offset: int, length: int) -> bytes:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.errors import IntegrityError, UnavailableError
 from offload.format import layout
 from offload.format.index import decode_index, encode_index
-from offload.format.keys import derive_keys
+from offload.format.keys import KeyRing, Keys, RingVersion, derive_keys, ring_keys
 from offload.format.layout import decode_parameters, encode_parameters, new_parameters
 from offload.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_hash
 from offload.format.pack import Entry
-from offload.format.sealed import seal, seal_hash, unseal
+from offload.format.sealed import object_hash, seal, seal_object, unseal, unseal_object
 from offload.model import Backup, BackupId, Consistency, ImageRecord, Instant
 
 _KEYS = derive_keys(bytes(range(32)))
@@ -51,29 +53,66 @@ _json = st.recursive(
 )
 
 
-@given(st.dictionaries(st.text(), _json, max_size=4), st.sampled_from([None, b"k" * 32]))
-def test_seal_round_trip(value: dict[str, object], key: bytes | None) -> None:
-    assert unseal("it", seal(value, key), key) == value
+_RING_KEYS = ring_keys(
+    KeyRing(
+        id_key=bytes(range(32)),
+        versions=tuple(RingVersion(n, bytes([n]) * 32, _NOW) for n in (1, 2)),
+    )
+)
+_both = pytest.mark.parametrize("keys", [_KEYS, _RING_KEYS], ids=["plain", "encrypted"])
 
 
-@pytest.mark.parametrize("key", [None, b"k" * 32])
-def test_seal_any_flipped_bit_is_noticed(key: bytes | None) -> None:
-    raw = seal({"a": 1, "ü": [None, "x"]}, key)
-    for wrong in _flips(raw):
+@given(st.dictionaries(st.text(), _json, max_size=4))
+def test_seal_round_trip(value: dict[str, object]) -> None:
+    assert unseal("it", seal(value)) == value
+    for keys in (_KEYS, _RING_KEYS):
+        assert unseal_object("it", seal_object("it", value, keys), keys) == value
+
+
+def test_seal_any_flipped_bit_is_noticed() -> None:
+    for wrong in _flips(seal({"a": 1, "ü": [None, "x"]})):
         with pytest.raises(IntegrityError):
-            unseal("it", wrong, key)
+            unseal("it", wrong)
 
 
-def test_seal_cut_anywhere_or_longer_is_noticed() -> None:
-    raw = seal({"a": 1}, None)
+@_both
+def test_sealed_object_any_flipped_bit_is_noticed(keys: Keys) -> None:
+    for wrong in _flips(seal_object("it", {"a": 1, "ü": [None, "x"]}, keys)):
+        with pytest.raises(IntegrityError):
+            unseal_object("it", wrong, keys)
+
+
+@_both
+def test_sealed_object_cut_anywhere_or_longer_is_noticed(keys: Keys) -> None:
+    raw = seal_object("it", {"a": 1}, keys)
     for wrong in (*(raw[:n] for n in range(len(raw))), raw + b"\n"):
         with pytest.raises(IntegrityError):
-            unseal("it", wrong, None)
+            unseal_object("it", wrong, keys)
 
 
-def test_seal_under_another_key_is_noticed() -> None:
-    with pytest.raises(IntegrityError):
-        unseal("it", seal({"a": 1}, b"k" * 32), b"j" * 32)
+@_both
+def test_sealed_object_under_another_name_or_key_is_noticed(keys: Keys) -> None:
+    raw = seal_object("pins/a.1", {"a": 1}, keys)
+    other = derive_keys(bytes(32)) if keys is _KEYS else _KEYS
+    for name, opener in (("pins/a.2", keys), ("pins/a.1", other)):
+        with pytest.raises(IntegrityError):
+            unseal_object(name, raw, opener)
+
+
+def test_sealed_object_of_an_encrypted_store_shows_nothing_and_never_twice_the_same() -> None:
+    first, second = (seal_object("it", {"name": "volume-of-shop"}, _RING_KEYS) for _ in range(2))
+    assert b"shop" not in first
+    assert first[44:] != second[44:]
+
+
+def test_sealed_object_of_an_older_key_version_opens_and_of_an_unknown_one_does_not() -> None:
+    older = replace(_RING_KEYS, current=_RING_KEYS.versions[1])
+    raw = seal_object("it", {"a": 1}, older)
+    assert unseal_object("it", raw, _RING_KEYS) == {"a": 1}
+    newer = replace(older, versions=MappingProxyType({1: older.current}))
+    with pytest.raises(IntegrityError) as caught:
+        unseal_object("it", seal_object("it", {"a": 1}, _RING_KEYS), newer)
+    assert caught.value.code == "key-version-unknown"
 
 
 def test_manifest_round_trip_and_every_flipped_bit_is_noticed() -> None:
@@ -84,8 +123,7 @@ def test_manifest_round_trip_and_every_flipped_bit_is_noticed() -> None:
     raw = encode_manifest(manifest, _KEYS)
     name = layout.manifest_name("abcdefghjk")
     assert decode_manifest(name, raw, _KEYS, "main") == manifest
-    assert manifest_hash(raw) == seal_hash(raw)
-    assert len(bytes.fromhex(manifest_hash(raw))) == 32
+    assert manifest_hash(raw) == object_hash(raw) == blake3(raw).hexdigest()
     for wrong in _flips(raw):
         with pytest.raises(IntegrityError):
             decode_manifest(name, wrong, _KEYS, "main")
@@ -95,11 +133,11 @@ def test_manifest_under_the_name_of_another_is_noticed() -> None:
     raw = encode_manifest(Manifest(backup=_backup()), _KEYS)
     with pytest.raises(IntegrityError) as caught:
         decode_manifest(layout.manifest_name("zzzzzzzzzz"), raw, _KEYS, "main")
-    assert caught.value.code == "bad-manifest"
+    assert caught.value.code == "bad-seal"
 
 
 def test_manifest_of_a_newer_version_is_refused_as_such() -> None:
-    raw = seal({"format": "offload-manifest", "version": 2}, _KEYS.mac)
+    raw = seal_object("manifests/a", {"format": "offload-manifest", "version": 2}, _KEYS)
     with pytest.raises(UnavailableError) as caught:
         decode_manifest("manifests/a", raw, _KEYS, "main")
     assert caught.value.code == "manifest-newer"
@@ -129,9 +167,9 @@ def test_parameters_round_trip_and_every_flipped_bit_is_noticed() -> None:
 def test_parameters_that_this_version_cannot_use_are_refused(
     field: str, value: object, error: type[Exception], code: str
 ) -> None:
-    fields = unseal("s", encode_parameters(new_parameters()), None)
+    fields = unseal("s", encode_parameters(new_parameters()))
     with pytest.raises(error) as caught:
-        decode_parameters(seal({**fields, field: value}, None), "/s")
+        decode_parameters(seal({**fields, field: value}), "/s")
     assert getattr(caught.value, "code") == code  # noqa: B009
 
 
@@ -150,16 +188,16 @@ _entry = st.builds(
 @given(st.dictionaries(st.from_regex(r"packs/[a-z0-9/-]{1,30}", fullmatch=True),
                        st.lists(_entry, max_size=5), max_size=4))  # fmt: skip
 def test_index_round_trip(packs: dict[str, list[Entry]]) -> None:
-    assert decode_index("i", encode_index(packs, _KEYS), _KEYS) == packs
+    assert decode_index("i", encode_index("i", packs, _KEYS), _KEYS) == packs
 
 
 def test_index_any_flipped_bit_or_cut_is_noticed() -> None:
     entry = Entry(b"i" * 32, 1, 0, 10, 10, 16)
-    raw = encode_index({"packs/aa/a-000001": [entry], "packs/aa/a-000002": []}, _KEYS)
+    raw = encode_index("i", {"packs/aa/a-000001": [entry], "packs/aa/a-000002": []}, _KEYS)
     for wrong in (*_flips(raw), *(raw[:n] for n in range(len(raw)))):
         with pytest.raises(IntegrityError) as caught:
             decode_index("i", wrong, _KEYS)
-        assert caught.value.code == "bad-index"
+        assert caught.value.code in {"bad-index", "key-version-unknown"}
 
 
 def test_keys_of_one_store_differ_by_purpose_and_from_another_store() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from offload.format.delta import encode_delta
 from offload.format.keys import derive_keys
 from offload.format.pack import Encoding, Entry, Kind, chunk_id, footer, record_header
-from offload.format.sealed import seal, seal_hash
+from offload.format.sealed import object_hash, seal_object
 from offload.format.tree import MAX_DELTAS, Leaf, encode_leaf_page
 
 _TEXT = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text()
+_PACK = "packs/aa/aaaaaaaaaa-000001"
 
 
 def _vectors() -> dict[str, str]:
@@ -37,8 +38,10 @@ def test_document_test_vectors_are_those_of_the_code() -> None:
         "id of the delta": change.hex(),
         "id of the page": chunk_id(Kind.PAGE, page, keys).hex(),
         "record header": record_header(entry).hex(),
-        "hash in the trailer": footer([entry], entry.end, keys)[-40:-8].hex(),
-        'seal of `{"a":1}`': seal_hash(seal({"a": 1}, keys.mac)),
+        "hash in the trailer": footer(_PACK, [entry], entry.end, keys)[-40:-8].hex(),
+        'hash of `pins/a.1` holding `{"a":1}`': object_hash(
+            seal_object("pins/a.1", {"a": 1}, keys)
+        ),
     }
 
 
