@@ -16,11 +16,16 @@ from offload import mountinfo
 from offload.mountinfo import Device
 
 _SYS_BLOCK = Path("/sys/block")
+_CLASS_BLOCK = Path("/sys/class/block")  # partitions too
 
 
-def users(device: str) -> list[str]:
-    """Who uses a disk or one of its partitions, in words; nobody where it does not exist."""
-    folder = _SYS_BLOCK / Path(device).name
+def users(device: str, *, readers: bool = True) -> list[str]:
+    """Who uses a disk or one of its partitions, in words; nobody where it does not exist.
+
+    Without `readers`, processes that only read it are left out: those that look what a disk holds
+    do so at any time.
+    """
+    folder = _CLASS_BLOCK / Path(device).name
     parts = [folder, *_partitions(folder)]
     numbers = {number for part in parts if (number := _number(part)) is not None}
     if not numbers:
@@ -28,9 +33,19 @@ def users(device: str) -> list[str]:
     found = [*_mounts(numbers), *_swap(numbers)]
     for part in parts:
         found += _holders(part)
-    found += [*_loops(numbers), *_processes(numbers)]
+    found += [*_loops(numbers), *_processes(numbers, readers=readers)]
     if not found and _claimed(device):
         found.append("claimed by the kernel (an iSCSI target, perhaps)")
+    return found
+
+
+def loops_of(path: Path) -> list[str]:
+    """The loop devices over a file."""
+    found = []
+    for backing in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
+        with contextlib.suppress(OSError):
+            if path.samefile(backing.read_text().strip()):
+                found.append(f"/dev/{backing.parents[1].name}")
     return found
 
 
@@ -75,15 +90,24 @@ def _loops(numbers: set[Device]) -> Iterator[str]:
                 yield f"under {backing.parents[1].name}"
 
 
-def _processes(numbers: set[Device]) -> Iterator[str]:
+def _processes(numbers: set[Device], *, readers: bool) -> Iterator[str]:
     """Those that this user may look into."""
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if any(_opened(fd) in numbers for fd in (process / "fd").iterdir()):
+            opened = [fd for fd in (process / "fd").iterdir() if _opened(fd) in numbers]
+            if any(readers or _writes(fd) for fd in opened):
                 name = (process / "comm").read_text().strip()
                 yield f"open in process {process.name} ({name})"
+
+
+def _writes(fd: Path) -> bool:
+    """Whether a descriptor is open for writing: proc(5), /proc/PID/fdinfo, octal flags."""
+    for line in (fd.parents[1] / "fdinfo" / fd.name).read_text().splitlines():
+        if line.startswith("flags:"):
+            return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    return True
 
 
 def _opened(fd: Path) -> Device | None:

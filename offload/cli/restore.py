@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from offload.cli import complete
-from offload.cli.app import Command, settings_of
+from offload.cli.app import Command, Settings, settings_of
 from offload.cli.bars import progress
 from offload.cli.output import emit, table
-from offload.cli.session import changing_context
+from offload.cli.session import changing_context, confirm
 from offload.quantity import show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -22,33 +22,88 @@ if TYPE_CHECKING:
     examples=[
         "offload restore b7k2/shop-db --to /srv/restore/shop-db.raw",
         "offload restore b7k2 --to /srv/restore/",
+        "offload restore b7k2/shop-db --to /srv/restore/shop-db.qcow2",
         "offload restore b7k2/shop-db --to /dev/vg0/shop-db",
+        "offload restore b7k2/shop-db --to /dev/vg0/shop-db --diff",
         "offload restore b7k2/shop-db --to nbd://10.0.0.5:10809",
+        "offload restore --abandon --to /srv/restore/shop-db.raw",
     ],
 )
-@click.argument("what", metavar="BACKUP", shell_complete=complete.backups)
+@click.argument("what", metavar="BACKUP", required=False, shell_complete=complete.backups)
 @click.option(
     "--to",
     required=True,
     metavar="PATH|BLOCKDEV|NBD-URI",
     help="A new file, a folder, a block device that nobody uses, or an NBD server.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["raw", "qcow2", "vmdk", "vhdx"]),
+    help="Of a new file. By default its ending says it; anything but .qcow2, .vmdk, .vhdx is raw.",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a file that exists, once the new one is whole."
+)
+@click.option(
+    "--diff",
+    is_flag=True,
+    help="Read the target and write only what differs. A file that exists is written in place.",
+)
+@click.option("--restart", is_flag=True, help="Begin anew, whatever an interrupted run has done.")
+@click.option(
+    "--onto-production",
+    "production",
+    metavar="VOLUME",
+    help="Overwrite this production volume: it must be the target, and nobody may use it.",
+)
+@click.option("--abandon", is_flag=True, help="Give the unfinished restore to this target up.")
+@click.option("--yes", is_flag=True, help="With --diff in place: do not ask.")
 @click.pass_context
-def restore(ctx: click.Context, what: str, to: str, overwrite: bool) -> None:
+def restore(ctx: click.Context, /, what: str | None, to: str, **asked: Any) -> None:
     """Write the image of a BACKUP somewhere.
 
     BACKUP is ID[/VOLUME] or timemark:ID[/VOLUME]; the volume may be left out where there is one
     only, or where --to is a folder. A file appears under its name when it is whole; a device holds
     neither the old nor the new content until the end. A device that is mounted or too small is
-    refused.
+    refused, and so is a production volume. A restore that was interrupted goes on when the same
+    command is given again.
     """
+    settings = settings_of(ctx)
+    yes = asked.pop("yes")
+    if asked.pop("abandon"):
+        _abandon(settings, what, to)
+        return
+    if what is None:
+        raise click.UsageError("Missing argument 'BACKUP'.", ctx)
     from offload.services import restore as service
 
-    settings = settings_of(ctx)
+    request = service.Request(what=what, to=to, **asked)
+    if service.in_place(request):
+        confirm(settings, f"Write over {to}, which holds a mixture until the end?", yes=yes)
     with changing_context(settings) as context, progress(settings) as shown:
-        report = service.restore(context, what, to, overwrite=overwrite, progress=shown)
+        report = service.restore(context, request, progress=shown)
     emit(settings, report, lambda: _show(report))
+
+
+def _abandon(settings: Settings, what: str | None, to: str) -> None:
+    from offload.services import restore as service
+
+    if what is not None:
+        raise click.UsageError("--abandon takes no BACKUP: it goes by the target")
+    with changing_context(settings) as context:
+        gone = service.abandon(context, to)
+
+    def human() -> None:
+        for entry in gone:
+            left = "" if entry.head.temp else f": {entry.head.to} stays as it is, a mixture"
+            click.echo(f"gave up {entry.head.origin} to {entry.head.to}{left}")
+
+    data: list[dict[str, Any]] = [
+        {"origin": entry.head.origin, "to": entry.head.to, "done_bytes": entry.done_bytes}
+        for entry in gone
+    ]
+    emit(settings, data, human)
 
 
 def _show(report: RestoreReport) -> None:
@@ -58,6 +113,12 @@ def _show(report: RestoreReport) -> None:
         for entry in report.volumes
     ]
     table(["volume", "size", "written", "to"], rows, "")
+    compared = sum(entry.compared_bytes for entry in report.volumes)
+    resumed = sum(entry.resumed_bytes for entry in report.volumes)
+    if compared:
+        click.echo(f"compared: {show_size(compared)}")
+    if resumed:
+        click.echo(f"there already, from the interrupted restore: {show_size(resumed)}")
     click.echo(
         f"restored {report.origin}: {show_size(report.written_bytes)} in "
         f"{show_seconds(report.seconds)}, {show_size(rate)}/s"

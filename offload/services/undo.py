@@ -30,6 +30,7 @@ ACTIONS = {
     "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
+    "settle-migration": "offload.services.migrate:undo_migration",  # id, place, opened, node …
     "stop-server": "offload.services.mount:undo_server",  # id, target, run_dir
     "detach-device": "offload.services.connect:undo_device",  # id, name, device, uri …
     "detach-again": "offload.services.connect:undo_again",  # the same; the connection stays
@@ -38,6 +39,8 @@ ACTIONS = {
     "abort-backup": "offload.services.backup:undo_backup",  # store, backup
     "delete-backup": "offload.services.backups:undo_delete",  # store, backup, timemark
     "abort-prune": "offload.services.prune:undo_prune",  # store, backup
+    "settle-restore": "offload.services.restore:undo_restore",  # record, temp
+    "end-restore-server": "offload.services.restore:undo_server",  # socket
     "remove-path": "offload.services.restore:undo_path",  # path of a temporary file of ours
 }
 

@@ -25,7 +25,7 @@ from offload.services import mount as mounts
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
 from offload.services.director import CreateOptions
-from offload.services.restore import restore
+from offload.services.restore import Request, restore
 from offload.services.watch import EventKind, Watch
 from offload.testing.thinpool import ThinPool, lvm, lvm_script, thin_pool, udev
 
@@ -274,7 +274,7 @@ def test_job_mount_backup_incremental_and_restore(site: Site, ctx: Context) -> N
     assert site.pool.status().held_root is None
     out = site.folder / "restored"
     out.mkdir()
-    restore(ctx, second.backup.id, str(out))
+    restore(ctx, Request(what=second.backup.id, to=str(out)))
     mark = ctx.catalog.timemarks()[-1]
     views = {
         view.origin.partition("/")[2]: view for view in mounts.mount(ctx, [f"timemark:{mark.id}"])

@@ -25,7 +25,7 @@ from offload.services.backup import BackupReport, backup
 from offload.services.context import Context, open_context
 from offload.services.pools import survey
 from offload.services.recover import find_orphans, recover
-from offload.services.restore import restore
+from offload.services.restore import Request, restore
 from offload.services.verify import verify
 from offload.testing.ceph import USER, RunningCeph
 from offload.testing.rbd_site import MIB, RbdSite, writing
@@ -264,7 +264,7 @@ def test_backup_full_and_incremental_restores_what_was_there(
     for report, state in zip(reports, states, strict=True):
         target = folder / report.backup.id
         target.mkdir()
-        restore(ctx, report.backup.id, str(target))
+        restore(ctx, Request(what=report.backup.id, to=str(target)))
         for name, data in state.items():
             assert (target / f"{name}.raw").read_bytes() == data
     assert verify(ctx, all_backups=True).problems == ()
@@ -284,7 +284,7 @@ def test_backup_after_the_image_was_rolled_back_has_what_it_is(
         image.rollback_to_snap("before")
     report = backup(ctx, "shop")
     assert report.images[0].mode == "incremental"
-    restore(ctx, f"{report.backup.id}/db", str(folder / "db.raw"))
+    restore(ctx, Request(what=f"{report.backup.id}/db", to=str(folder / "db.raw")))
     assert (folder / "db.raw").read_bytes() == content(site, pair)["db"]
 
 

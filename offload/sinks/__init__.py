@@ -1,0 +1,1 @@
+"""Where restored images go; see `offload.sink`."""
