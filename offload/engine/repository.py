@@ -13,6 +13,7 @@ from typing import Any
 import zstandard
 
 from offload.engine.chunkindex import ChunkIndex, Location
+from offload.engine.quarantine import Quarantine, read_quarantine
 from offload.engine.unlock import unlock
 from offload.errors import IntegrityError, NotFoundError, UnavailableError
 from offload.format import layout
@@ -53,6 +54,7 @@ class Repository:
         self.parameters = parameters
         self.keys = keys
         self.index = ChunkIndex(cache_dir / f"{parameters.store_id}.index.db")
+        self.quarantine = Quarantine()
         self._decoders: list[zstandard.ZstdDecompressor] = []
         self._heads: dict[str, PackHead] = {}
         self._ciphers: OrderedDict[str, PackCipher] = OrderedDict()
@@ -84,6 +86,8 @@ class Repository:
     def refresh(self) -> None:
         """See what other writers have added or pruned since."""
         self.index.refresh(lambda: self.store.list(layout.INDEXES), self._load_index)
+        noted = self.store.list(layout.QUARANTINE)
+        self.quarantine = read_quarantine(noted, self.get_sealed, self.quarantine)
 
     def _load_index(self, name: str) -> tuple[dict[str, list[Entry]], bool]:
         """One index object, and True; where it is damaged, the footers of all packs, and False."""

@@ -24,6 +24,7 @@ VOIDS = "voids/"
 TOMBSTONES = "tombstones/"
 FOLDS = "folds/"
 HOLDS = "holds/"
+QUARANTINE = "quarantine/"
 FORMAT_NAME = "offload-store"
 FORMAT_VERSION = 1
 CIPHER = "aes-256-gcm"  # the one that there is
