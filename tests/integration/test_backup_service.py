@@ -31,7 +31,7 @@ from offload.services import backups, stores
 from offload.services.backup import BackupReport, backup
 from offload.services.context import Context, open_context
 from offload.services.prune import prune
-from offload.services.verify import Problem, verify
+from offload.services.verify import Problem, VerifyOptions, verify
 from offload.snapshots.copy import CopyProvider
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
@@ -370,7 +370,8 @@ def _entries(site: Site, pack: Path) -> list[Entry]:
     repository = _keys(site)
     raw = pack.read_bytes()
     repository.close()
-    return read_footer("p", len(raw), lambda o, n: raw[o : o + n], repository.keys)
+    name = pack.relative_to(site.folder / "store").as_posix()
+    return read_footer(name, len(raw), lambda o, n: raw[o : o + n], repository.keys)
 
 
 def _hits(site: Site, ident: bytes) -> set[tuple[str, str, int, int]]:
@@ -503,7 +504,7 @@ def test_verify_sample_of_everything_finds_what_a_full_one_does(chain: Site) -> 
     wanted = _hits(chain, victim.id)
     _flip(pack, victim.payload_offset * 8)
     whole = verify(chain.ctx, all_backups=True)
-    sampled = verify(chain.ctx, all_backups=True, sample=1.0)
+    sampled = verify(chain.ctx, all_backups=True, options=VerifyOptions(sample=1.0))
     for report in (whole, sampled):
         assert all(_covered(report.problems, hit) for hit in wanted)
     ranges = [
@@ -692,11 +693,11 @@ def test_verify_of_chunks_stored_twice_reports_the_damaged_copy(site: Site) -> N
     twin = site.folder / "store" / "packs/zz/zzzzzzzzzz-000001"
     twin.parent.mkdir()
     shutil.copyfile(pack, twin)
-    entry = _entries(site, twin)[0]
+    entry = _entries(site, pack)[0]
     _flip(twin, entry.payload_offset * 8)
     problems = verify(site.ctx, all_backups=True).problems
-    assert [p.backup for p in problems] == [""]
-    assert "another copy" in problems[0].what
+    assert {p.backup for p in problems} == {""}
+    assert any("another copy" in p.what for p in problems)
 
 
 # -- a reader made from the specification alone --------------------------------------------------
