@@ -75,7 +75,8 @@ def test_shell_is_in_the_guest_and_exit_ends_it(terminal: Terminal) -> None:
     prompt = f"lab:{ROOT}# "
     terminal.wait_for("Ctrl-A x")
     terminal.wait_for(prompt)
-    terminal.type("echo sle''eping; sleep 300\n")
+    # said by the program that has the terminal: a Ctrl-C before that is the shell's, and lost
+    terminal.type("sh -c \"echo sle''eping; exec sleep 300\"\n")
     terminal.wait_for("sleeping")
     terminal.type("\x03")  # Ctrl-C is for the program in the guest
     terminal.wait_for(prompt)
