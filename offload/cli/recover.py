@@ -11,6 +11,7 @@ from offload.cli.connect import connection_fields
 from offload.cli.mount import view_fields
 from offload.cli.output import emit
 from offload.cli.session import confirm, only_context
+from offload.quantity import show_size
 
 if TYPE_CHECKING:
     from offload.journal import Leftover
@@ -55,6 +56,15 @@ def _data(report: RecoverReport, dry_run: bool) -> dict[str, Any]:
         "warnings": report.warnings,
         "orphans": report.orphans,
         "orphans_deleted": report.orphans_deleted,
+        "unfinished_restores": [
+            {
+                "origin": entry.head.origin,
+                "to": entry.head.to,
+                "done_bytes": entry.done_bytes,
+                "size_bytes": entry.head.size_bytes,
+            }
+            for entry in report.unfinished
+        ],
     }
 
 
@@ -83,7 +93,20 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
         fate = "deleted" if report.orphans_deleted else "left alone (--orphans deletes it)"
         what = " ".join(word for word in ("orphan", orphan.provider, orphan.kind) if word)
         click.echo(f"{what} {where}: {fate}")
-    if not (
-        report.undone or report.remounted or report.reconnected or report.warnings or report.orphans
+    for restore in report.unfinished:
+        click.echo(
+            f"unfinished: restore {restore.head.origin} to {restore.head.to}, "
+            f"{show_size(restore.done_bytes)} of {show_size(restore.head.size_bytes)} (again to go "
+            f"on; to give it up: offload restore --abandon --to {restore.head.to})"
+        )
+    if not any(
+        (
+            report.undone,
+            report.remounted,
+            report.reconnected,
+            report.warnings,
+            report.orphans,
+            report.unfinished,
+        )
     ):
         click.echo("nothing to recover")

@@ -11,9 +11,10 @@ from offload import compose
 from offload.errors import OffloadError
 from offload.journal import Leftover
 from offload.model import Connection, View
-from offload.services import connect, mount, overlays
+from offload.services import connect, mount, overlays, restore_record
 from offload.services.connect import ConnectionState
 from offload.services.context import Context
+from offload.services.restore_record import Unfinished
 from offload.snapshot_ref import ref_key
 
 
@@ -46,6 +47,7 @@ class RecoverReport:
     warnings: tuple[str, ...]
     orphans: tuple[Orphan, ...]
     orphans_deleted: bool
+    unfinished: tuple[Unfinished, ...]  # restores that the same command goes on with
 
 
 def find_orphans(ctx: Context) -> list[Orphan]:
@@ -101,6 +103,7 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
             warnings=(),
             orphans=tuple(find_orphans(ctx)),
             orphans_deleted=False,
+            unfinished=tuple(_unfinished(ctx)),
         )
     undone = ctx.journal.recover()
     remounted = mount.remount(ctx)
@@ -116,7 +119,13 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
         warnings=(*remounted.warnings, *reconnected.warnings),
         orphans=tuple(stray),
         orphans_deleted=orphans,
+        unfinished=tuple(_unfinished(ctx)),
     )
+
+
+def _unfinished(ctx: Context) -> list[Unfinished]:
+    """Restores that were interrupted; those that run are none."""
+    return [entry for entry in restore_record.unfinished(ctx.instance) if not entry.running]
 
 
 def _delete(ctx: Context, orphan: Orphan) -> None:

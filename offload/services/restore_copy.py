@@ -82,8 +82,8 @@ class Copy:
         """
         size = self.image.size_bytes
         trusted = subtract(done, doubtful)
-        self.tally.resumed = total(trusted)
-        self._advance(self.tally.resumed)
+        self.tally.resumed = total(done)
+        self._advance(total(trusted))
         checkpoints = _Checkpoints(self.sink, self.record)
         try:
             run_workers(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from e2e_site import Site
 
+from offload import run
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.services import mount
 
@@ -184,19 +185,41 @@ def test_backup_killed_at_each_step_is_gone_or_whole(site: Site) -> None:
     assert {i["mode"] for i in last["images"]} == {"incremental"}
 
 
-def test_restore_killed_at_each_step_leaves_no_part(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["db.raw", "db.qcow2"])
+def test_restore_killed_at_each_step_goes_on_or_leaves_no_part(
+    site: Site, tmp_path: Path, name: str
+) -> None:
     made = site.ask("backup", "shop")["id"]
-    target = tmp_path / "db.raw"
-    steps = steps_of(site, "restore", f"{made}/db", "--to", str(target))
-    whole = target.read_bytes()
+    target = tmp_path / name
+    words = ("restore", f"{made}/db", "--to", str(target), "--overwrite")
+    steps = steps_of(site, *words)
+    assert {"restore.checkpoint", "restore.finished"} <= set(steps)
+    whole = raw_content(target)
     for step in steps:
         target.write_bytes(b"old")
-        kill_at(site, step, "restore", f"{made}/db", "--to", str(target), "--overwrite")
+        kill_at(site, step, *words)
         site.ok("recover")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["db.raw"], step
-        assert target.read_bytes() in (b"old", whole)
+        left = site.ask("recover", "--dry-run")["unfinished_restores"]
+        assert len(list(tmp_path.iterdir())) == 1 + len(left), step
+        assert len(left) == (step in {"restore.checkpoint", "restore.copied"}), step
+        if target.read_bytes() != b"old":
+            assert raw_content(target) == whole
         marks = timemarks_of(site)
         assert_clean(site, timemarks=marks, views=set(), backups={made})
+        report = site.ask(*words)
+        assert bool(report["volumes"][0]["resumed_bytes"]) == bool(left), step
+        assert raw_content(target) == whole
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+        assert list((site.state / "restores").iterdir()) == []
+
+
+def raw_content(image: Path) -> bytes:
+    """What a guest would read from an image, raw or qcow2."""
+    if image.suffix == ".raw":
+        return image.read_bytes()
+    raw = image.parent.parent / "raw"
+    run.run(["qemu-img", "convert", "-O", "raw", str(image), str(raw)])
+    return raw.read_bytes()
 
 
 @pytest.mark.parametrize("deleted", ["first", "last"])
