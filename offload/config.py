@@ -37,7 +37,9 @@ _KINDS = (
 CONFIG_ENV = "OFFLOAD_CONFIG"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-RESERVED_GROUP_NAMES = ("list", "show", "diff", "delete", "create")  # words of `offload backup`
+RESERVED_GROUP_NAMES = (  # words of `offload backup`
+    "list", "show", "diff", "delete", "create", "hold", "release",
+)  # fmt: skip
 
 
 class VolumeConfig(Model):

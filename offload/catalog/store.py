@@ -266,6 +266,11 @@ class Catalog:
                 if hold.backup in mine:
                     db.execute(insert(table), rows.hold_row(hold))
 
+    def drop_hold(self, backup_id: str) -> None:
+        """Forget the legal hold on a backup."""
+        with self._write() as db:
+            db.execute(delete(tables.legal_holds).where(tables.legal_holds.c.backup == backup_id))
+
     def holds(self) -> dict[BackupId, LegalHold]:
         """All legal holds that are known, by backup."""
         found = self._all(select(tables.legal_holds), rows.hold_of)

@@ -11,9 +11,10 @@ from offload.cli import complete
 from offload.cli.app import DefaultGroup, settings_of
 from offload.cli.bars import progress
 from offload.cli.output import emit, facts, show_age, show_time, table
+from offload.cli.quantities import tags_of
 from offload.cli.session import changing_context, confirm, reading_context
 from offload.errors import IntegrityError
-from offload.model import Backup
+from offload.model import Backup, LegalHold
 from offload.quantity import show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -52,7 +53,12 @@ def backup() -> None:
 
 
 @backup.command(
-    "create", examples=["offload backup create shop", "offload backup create shop --store main"]
+    "create",
+    examples=[
+        "offload backup create shop",
+        "offload backup create shop --store main",
+        "offload backup shop --tag release",
+    ],
 )
 @click.argument("what", metavar="GROUP|ORIGIN", shell_complete=complete.origins)
 @click.option(
@@ -60,14 +66,22 @@ def backup() -> None:
     shell_complete=complete.stores,
     help="Where to; default: the group's own, or the only one.",
 )
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    callback=tags_of,
+    help="A mark for keep rules (stores.NAME.keep.tags); can be given several times.",
+)
 @click.pass_context
-def create(ctx: click.Context, what: str, store: str | None) -> None:
+def create(ctx: click.Context, what: str, store: str | None, tags: tuple[str, ...]) -> None:
     """Back up a GROUP or an ORIGIN; incremental wherever a parent allows it."""
     from offload.services import backup as service
 
     settings = settings_of(ctx)
     with changing_context(settings) as context, progress(settings) as shown:
-        report = service.backup(context, what, store, shown)
+        report = service.backup(context, what, store, shown, tags=tags)
     emit(settings, {"id": report.backup.id, **_fields(report)}, lambda: _report(report))
     if report.alarms:  # the backup is whole, and whoever reads exit codes must know all the same
         raise IntegrityError(
@@ -119,11 +133,14 @@ def list_(ctx: click.Context, store: str | None, group: str | None) -> None:
     settings = settings_of(ctx)
     with reading_context(settings) as context:
         found = context.catalog.backups(store=store, group=group)
+        holds = context.catalog.holds()
         if not found:  # an unknown name is an error, not an empty list
             if store is not None:
                 context.instance.config.store(store)
             if group is not None:
                 context.instance.config.group(group)
+    from offload.cli.output import to_json
+
     now = datetime.now(UTC)
     rows = [
         [
@@ -135,12 +152,19 @@ def list_(ctx: click.Context, store: str | None, group: str | None) -> None:
             entry.consistency.value,
             show_size(sum(image.size_bytes for image in entry.images)),
             show_size(sum(image.stored_bytes for image in entry.images)),
-            "alarm" if entry.alarms else "",
+            ", ".join(
+                [
+                    *(["held"] if entry.id in holds else []),
+                    *entry.tags,
+                    *(["alarm"] if entry.alarms else []),
+                ]
+            ),
         ]
         for entry in found
     ]
     header = ["id", "group", "store", "of", "age", "consistency", "size", "new", ""]
-    emit(settings, found, lambda: table(header, rows, "no backups"))
+    data = [{**to_json(entry), "held": holds.get(entry.id)} for entry in found]
+    emit(settings, data, lambda: table(header, rows, "no backups"))
 
 
 @backup.command("show", examples=["offload backup show b7k2"])
@@ -152,16 +176,18 @@ def show(ctx: click.Context, id: str) -> None:  # noqa: A002 - the argument's na
     with reading_context(settings) as context:
         found = context.catalog.backup(id)
         verified = context.catalog.last_verified(found.id)
+        held = context.catalog.holds().get(found.id)
     from offload.cli.output import to_json
 
-    emit(settings, {**to_json(found), "verified": verified}, lambda: _show(found))
+    data = {**to_json(found), "held": held, "verified": verified}
+    emit(settings, data, lambda: _show(found, held))
     if verified is not None and not settings.json:
         click.echo(
             f"\nverified ({verified.how}) {show_time(verified.at)}: {verified.problems} problems"
         )
 
 
-def _show(found: Backup) -> None:
+def _show(found: Backup, held: LegalHold | None) -> None:
     facts(
         [
             ("id", found.id),
@@ -174,6 +200,8 @@ def _show(found: Backup) -> None:
             ("instant", found.instant.value),
             ("parent", found.parent or "none"),
             ("host", found.host),
+            *([("tags", ", ".join(found.tags))] if found.tags else []),
+            *([("held", _held(held))] if held else []),
             *(("alarm", alarm) for alarm in found.alarms),
         ]
     )
@@ -191,6 +219,11 @@ def _show(found: Backup) -> None:
         for image in found.images
     ]
     table(["volume", "size", "mode", "read", "stored", "root", "why"], rows, "")
+
+
+def _held(hold: LegalHold) -> str:
+    since = f"since {show_time(hold.placed_at)}, placed on {hold.host or 'an unknown host'}"
+    return f"{since}: {hold.reason}" if hold.reason else since
 
 
 @backup.command(
@@ -254,3 +287,50 @@ def delete(ctx: click.Context, ids: tuple[str, ...], dry_run: bool, yes: bool) -
             click.echo(f"{said} {entry.id} of {entry.group} in {entry.store}")
 
     emit(settings, data, human)
+
+
+@backup.command(
+    "hold",
+    examples=[
+        "offload backup hold b7k2 --reason 'case 2026-117'",
+        "offload backup hold b7k2 c1m4",
+    ],
+)
+@click.argument("ids", nargs=-1, required=True, metavar="ID...", shell_complete=complete.backups)
+@click.option("--reason", default="", help="Why; shown by list, show and prune.")
+@click.pass_context
+def hold(ctx: click.Context, ids: tuple[str, ...], reason: str) -> None:
+    """Place a legal hold: the backups stay, whatever the rules say, until they are released."""
+    from offload.services import legalholds as service
+
+    settings = settings_of(ctx)
+    with changing_context(settings) as context:
+        placed = service.hold(context, ids, reason)
+
+    def human() -> None:
+        for entry in placed:
+            click.echo(f"held {entry.backup} {_held(entry)}")
+
+    emit(settings, {"held": placed}, human)
+
+
+@backup.command("release", examples=["offload backup release b7k2"])
+@click.argument("ids", nargs=-1, required=True, metavar="ID...", shell_complete=complete.backups)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def release(ctx: click.Context, ids: tuple[str, ...], yes: bool) -> None:
+    """End the legal holds on backups: the keep rules count for them again."""
+    from offload.services import legalholds as service
+
+    settings = settings_of(ctx)
+    with changing_context(settings) as context:
+        known = [context.catalog.backup(prefix) for prefix in ids]
+        names = ", ".join(f"{b.id} of {b.group} in {b.store}" for b in known)
+        confirm(settings, f"End the legal hold on {names}?", yes=yes)
+        ended = service.release(context, [b.id for b in known])
+
+    def human() -> None:
+        for entry in ended:
+            click.echo(f"released {entry.id} of {entry.group} in {entry.store}")
+
+    emit(settings, {"released": ended}, human)

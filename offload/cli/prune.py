@@ -10,7 +10,7 @@ from offload.cli import complete
 from offload.cli.app import Command, settings_of
 from offload.cli.bars import progress
 from offload.cli.output import emit, show_time, table
-from offload.cli.quantities import span
+from offload.cli.quantities import span, tags_of
 from offload.cli.session import changing_context, confirm, reading_context
 from offload.errors import UsageError
 from offload.quantity import count_of, show_size
@@ -41,6 +41,21 @@ _COUNT = click.IntRange(min=0)
 @click.option(
     "--keep-within", "within_s", callback=span, metavar="SPAN", help="All that are younger, as 14d."
 )
+@click.option(
+    "--keep-tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    callback=tags_of,
+    help="All that have this tag; can be given several times.",
+)
+@click.option(
+    "--keep-min-age",
+    "min_age_s",
+    callback=span,
+    metavar="SPAN",
+    help="A floor under the counts: nothing younger goes by them; none with options unless given.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what is kept and why, and what goes.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
@@ -51,18 +66,19 @@ def prune(
     store: str | None,
     dry_run: bool,
     yes: bool,
+    tags: tuple[str, ...],
     **keep: float | None,
 ) -> None:
     """Delete the backups that no rule keeps, and free what no backup needs.
 
     The rules are the store's own (stores.NAME.keep); any --keep option replaces all of them. A
-    backup is kept if one rule keeps it, and the newest of each group always is. It takes the store
-    for itself alone.
+    backup is kept if one rule keeps it; the newest of each group always is, one with a legal hold,
+    and one dated in the future, which counts for no rule. It takes the store for itself alone.
     """
     from offload.services import prune as service
 
     settings = settings_of(ctx)
-    rules = _rules(keep)
+    rules = _rules(keep, tags)
     with reading_context(settings) as context:
         name = _store(context.instance.config, store)
         if dry_run or not yes:
@@ -81,11 +97,13 @@ def prune(
     emit(settings, _data(report), lambda: _show(report))
 
 
-def _rules(keep: dict[str, float | None]) -> KeepRules | None:
+def _rules(keep: dict[str, float | None], tags: tuple[str, ...]) -> KeepRules | None:
     """None where no option is given: the store's own rules."""
     from offload.retention import KeepRules
 
     given: dict[str, Any] = {name: value for name, value in keep.items() if value is not None}
+    if tags:
+        given["tags"] = tags
     return KeepRules(**given) if given else None
 
 
@@ -112,6 +130,7 @@ def _data(report: PruneReport) -> dict[str, Any]:
                 "created_at": verdict.backup.created_at,
                 "kept": verdict.kept,
                 "reasons": verdict.reasons,
+                "missed": verdict.missed,
             }
             for verdict in report.verdicts
         ],
@@ -130,7 +149,7 @@ def _show(report: PruneReport) -> None:
             verdict.backup.group,
             show_time(verdict.backup.created_at),
             "kept" if verdict.kept else goes,
-            ", ".join(verdict.reasons),
+            ", ".join(verdict.reasons or verdict.missed),
         ]
         for verdict in report.verdicts
     ]

@@ -27,6 +27,16 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
     return _parsed(parse_size, ctx, param, value)
 
 
+def tags_of(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Tags of backups, as given; a usage error says what one looks like."""
+    from offload.configs.base import tag_name
+
+    try:
+        return tuple(tag_name(tag) for tag in value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx=ctx, param=param) from error
+
+
 def _parsed(
     parse: Callable[[str], _Number], ctx: click.Context, param: click.Parameter, value: str | None
 ) -> _Number | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,15 @@ def absolute_path(value: Path | None) -> Path | None:
     """ValueError for a relative path."""
     if value is not None and not value.is_absolute():
         raise ValueError("must be an absolute path")
+    return value
+
+
+def tag_name(value: str) -> str:
+    """ValueError for what is no tag of a backup."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", value):
+        raise ValueError(
+            f"{value!r} is no tag: up to 63 letters, digits, '.', '_', '-', the first no sign"
+        )
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from offload.configs.base import Model, absolute_path, seconds
+from offload.configs.base import Model, absolute_path, seconds, tag_name
 from offload.quantity import Watermark, parse_size
 from offload.storespec import KeySource, StoreSpec
 
@@ -25,6 +25,15 @@ class KeepConfig(Model):
     monthly: int = Field(default=0, ge=0)
     yearly: int = Field(default=0, ge=0)
     within: Span = 0.0
+    tags: tuple[str, ...] = ()  # backups that have one of them stay
+    # Under the counting rules: by count alone nothing younger goes. Whoever can make backups can
+    # push out all that was counted; a week is longer than the weekend in which nobody looks.
+    min_age: Span = 7 * 86400.0
+
+    @field_validator("tags")
+    @classmethod
+    def _tags(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(tag_name(tag) for tag in value)
 
 
 class KeyConfig(Model):

@@ -108,9 +108,15 @@ class _Parent:
 
 
 def backup(
-    ctx: Context, what: str, store: str | None = None, progress: Progress | None = None
+    ctx: Context,
+    what: str,
+    store: str | None = None,
+    progress: Progress | None = None,
+    *,
+    tags: Sequence[str] = (),
 ) -> BackupReport:
-    """Back up a group (a fresh TimeMark), or an origin that exists already.
+    """Back up a group (a fresh TimeMark), or an origin that exists already. `tags` are for keep
+    rules, and stand in the manifest.
 
     Raises what TimeMarks, providers and stores raise. IntegrityError is *not* raised for change
     tracking that proved wrong: the volume is then compared in full and `alarms` says so.
@@ -141,7 +147,7 @@ def backup(
         )  # fmt: skip
         with ExitStack() as images:  # closed before the old parent goes: some share its file
             inputs = list(_inputs(ctx, origin, mark, images))
-            done = run.write(inputs, _description(ctx, origin, mark))
+            done = run.write(inputs, _description(ctx, origin, mark), tags)
         ctx.catalog.add_backup(done)
         op.done("catalog")
         old = run.parent_timemarks()
@@ -233,7 +239,7 @@ class _Run:
         self.parent: str | None = None
         self.stored_bytes = 0
 
-    def write(self, inputs: Sequence[_Input], what: _Description) -> Backup:
+    def write(self, inputs: Sequence[_Input], what: _Description, tags: Sequence[str]) -> Backup:
         """Write all images, then the index object, then the manifest."""
         free = Watermark.parse(self.ctx.instance.config.store(self.store).min_free)
         with PackWriter(self.repository, self.id, min_free=free) as writer:
@@ -255,12 +261,13 @@ class _Run:
             parent=self.parent,
             host=os.uname().nodename,
             alarms=tuple(r.alarm for r in self.reports if r.alarm),
+            tags=tuple(sorted(set(tags))),
         )
         manifest = Manifest(
             backup=done,
             group_config=_group_config(self.ctx, what.group),
             timemark=what.report,
-            previous=_newest_manifest(self.repository),
+            previous=newest_manifest(self.repository),
             software=f"offload {__version__}",
         )
         step("backup.manifest.before")
@@ -446,7 +453,7 @@ def _group_config(ctx: Context, group: str) -> dict[str, object]:
     }
 
 
-def _newest_manifest(repository: Repository) -> str | None:
+def newest_manifest(repository: Repository) -> str | None:
     """The seal of the newest manifest of the store: the head of the chain."""
     newest: tuple[datetime, str] | None = None
     for name in repository.store.list(layout.MANIFESTS):

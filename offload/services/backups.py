@@ -10,10 +10,11 @@ import numpy as np
 
 from offload import compose
 from offload.catalog.store import Catalog
+from offload.engine.manifests import read_folds
 from offload.engine.readimage import read_leaf
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader, diff_slots
-from offload.errors import BusyError, UsageError
+from offload.errors import BusyError, NotFoundError, UsageError
 from offload.extents import Ranges, normalize, total
 from offload.format import layout
 from offload.format.delta import SECTOR
@@ -21,9 +22,10 @@ from offload.format.tree import Leaf
 from offload.instance import Instance
 from offload.journal import Operation, step
 from offload.model import Backup, ImageRecord
-from offload.services import stores, timemark
+from offload.services import legalholds, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
+from offload.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +51,11 @@ def diff(ctx: Context, a: str, b: str) -> list[VolumeDiff]:
             hint="compare backups of one store",
         )
     with stores.opened(ctx, left.store, exclusive=False) as repository:
+        folds = read_folds(repository)
+        left, right = folds.applied(left), folds.applied(right)
         names = dict.fromkeys(i.volume for i in (*left.images, *right.images))
         return [
-            _diff_images(repository, name, left.image(name), right.image(name)) for name in names
+            diff_images(repository, name, left.image(name), right.image(name)) for name in names
         ]
 
 
@@ -59,9 +63,10 @@ def _bare(text: str) -> str:
     return text.removeprefix("backup:")
 
 
-def _diff_images(
+def diff_images(
     repository: Repository, volume: str, a: ImageRecord | None, b: ImageRecord | None
 ) -> VolumeDiff:
+    """Compare one volume of two backups; None where one of them does not have it."""
     only = a or b
     if only is None:
         raise ValueError("neither backup has the volume")
@@ -100,7 +105,8 @@ def _sectors(
 def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
     """Delete backups: their manifests go, `prune` frees the space.
 
-    All are checked first; BusyError (`backup-in-use`) if a view shows one.
+    All are checked first; BusyError if a view shows one (`backup-in-use`), or there is a legal hold
+    on one (`backup-held`).
     """
     chosen = [ctx.catalog.backup(_bare(p)) for p in dict.fromkeys(prefixes)]
     for known in chosen:
@@ -108,7 +114,8 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
     with ExitStack() as stack:
         op = stack.enter_context(ctx.journal.operation("backup-delete", " ".join(prefixes)))
         for name in dict.fromkeys(known.store for known in chosen):
-            stack.enter_context(stores.opened(ctx, name, exclusive=False))
+            repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
+            legalholds.refuse_held(repository, [b for b in chosen if b.store == name])
         for number, known in enumerate(chosen, 1):
             erase(ctx, op, known, number)
     return chosen
@@ -117,7 +124,8 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
 def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
     """Delete a backup's manifest, its row, and its TimeMark if that served nothing else.
 
-    The caller holds the store's lock. Recovery finishes what was begun.
+    The caller holds the store's lock. Recovery finishes what was begun. A backup on which a legal
+    hold was placed meanwhile stays as it is.
     """
     args = {
         "store": stores.spec_of(ctx, known.store).text(),
@@ -130,15 +138,35 @@ def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
 
 
 def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    """Finish the deletion of a backup."""
+    """Finish the deletion of a backup, unless there is a legal hold on it."""
     store = compose.open_store(args["store"])
     try:
-        store.delete(layout.manifest_name(args["backup"]))
+        if not _manifest_gone(store, args["backup"]):
+            return
     finally:
         store.close()
     step("backup-delete.manifest.deleted")
     catalog.delete_backup(args["backup"])
     timemark.undo_unused(instance, catalog, {"ids": dump([args["timemark"]])})
+
+
+def _manifest_gone(store: Store, backup: str) -> bool:
+    """Delete a manifest; False, and it is there as before, where there is a legal hold.
+
+    Looked for after the deletion too: whoever places a hold looks for the manifest afterwards.
+    """
+    name, hold = layout.manifest_name(backup), layout.hold_name(backup)
+    if store.exists(hold):
+        return False
+    try:
+        raw = store.get(name)
+    except NotFoundError:
+        return True
+    store.delete(name)
+    if store.exists(hold):
+        store.put(name, [raw])
+        return False
+    return True
 
 
 def refuse_shown(ctx: Context, backup: str) -> None:

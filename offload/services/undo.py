@@ -37,7 +37,12 @@ ACTIONS = {
     "remove-device-link": "offload.services.connect:undo_link",  # name, device
     "release-changed": "offload.services.backup:undo_changed",  # provider, held (JSON)
     "abort-backup": "offload.services.backup:undo_backup",  # store, backup
+    "abort-copy": "offload.services.copy:undo_copy",  # store, name, backup
+    "abort-packs": "offload.services.copy:undo_packs",  # store, writer
     "delete-backup": "offload.services.backups:undo_delete",  # store, backup, timemark
+    "release-hold": "offload.services.legalholds:undo_hold",  # store, backup
+    "abort-key": "offload.services.keymaker:undo_key",  # store, commit, object, file, print
+    "finish-rotation": "offload.services.store_keys:undo_rotation",  # store, commit, old (JSON)
     "abort-prune": "offload.services.prune:undo_prune",  # store, backup
     "settle-restore": "offload.services.restore:undo_restore",  # record, temp
     "end-restore-server": "offload.services.restore:undo_server",  # socket

@@ -37,6 +37,8 @@ def test_page_names_each_step_of_each_operation(site: Site) -> None:
     traced("backup", "solo")
     first = site.ask("backup", "list")[0]["id"]
     traced("restore", f"{first}/web", "--to", str(site.folder / "web.raw"))
+    traced("backup", "hold", first, "--reason", "case 7")
+    traced("backup", "release", first, "--yes")
     traced("backup", "delete", first, "--yes")
     traced("backup", "solo")
     traced("prune", "--store", "main", "--keep-last", "1", "--yes")
@@ -46,6 +48,7 @@ def test_page_names_each_step_of_each_operation(site: Site) -> None:
     steps = {general(step) for step in trace.read_text().split()}
     unnamed = sorted(s for s in steps if not s.startswith("undo.") and f"`{s}`" not in PAGE)
     assert {s.partition(".")[0] for s in steps} >= {
-        "timemark", "mount", "unmount", "backup", "restore", "backup-delete", "prune",
+        "timemark", "mount", "unmount", "backup", "restore", "backup-delete", "backup-hold",
+        "backup-release", "prune",
     }  # fmt: skip
     assert unnamed == []

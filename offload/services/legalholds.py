@@ -1,0 +1,154 @@
+"""Legal holds: backups that neither rules nor commands delete until somebody releases them.
+
+The store says what is held; the catalog's copy is for lists. A hold is placed, then the manifest is
+looked for; a deletion takes the manifest away, then looks for a hold, and puts the manifest back
+if there is one: so that of the two, whichever comes first, one gives way and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from offload import compose
+from offload.catalog.store import Catalog
+from offload.engine.repository import Repository
+from offload.errors import BusyError, NotFoundError, OffloadError
+from offload.format import layout
+from offload.format.legalhold import decode_hold, encode_hold
+from offload.instance import Instance
+from offload.journal import Operation, step
+from offload.model import Backup, BackupId, LegalHold
+from offload.services import stores
+from offload.services.context import Context
+
+log = logging.getLogger(__name__)
+
+
+def held(repository: Repository) -> dict[BackupId, LegalHold]:
+    """The legal holds of a store, by backup. The name alone counts: one whose content cannot be
+    read holds too."""
+    found = {}
+    for name in repository.store.list(layout.HOLDS):
+        backup = BackupId(name.removeprefix(layout.HOLDS))
+        try:
+            found[backup] = decode_hold(name, repository.store.get(name), repository.keys)
+        except NotFoundError:
+            continue  # released a moment ago
+        except OffloadError as error:
+            log.warning("%s; its backup counts as held", error.message)
+            found[backup] = LegalHold(
+                backup=backup, placed_at=repository.store.now(), host="", reason=error.message
+            )
+    return found
+
+
+def note(ctx: Context, store: str, repository: Repository) -> dict[BackupId, LegalHold]:
+    """The same, and the catalog learns of it."""
+    found = held(repository)
+    ctx.catalog.set_holds(store, list(found.values()))
+    return found
+
+
+def refuse_held(repository: Repository, backups: Sequence[Backup]) -> None:
+    """BusyError (`backup-held`) if there is a legal hold on one of the backups."""
+    for backup in backups:
+        if repository.store.exists(layout.hold_name(backup.id)):
+            raise BusyError(
+                f"there is a legal hold on backup {backup.id}",
+                code="backup-held",
+                hint=f"see: offload backup show {backup.id}; "
+                f"end it with: offload backup release {backup.id}",
+            )
+
+
+def hold(ctx: Context, prefixes: Sequence[str], reason: str = "") -> list[LegalHold]:
+    """Place a hold on each backup; one that is held already keeps its first reason.
+
+    NotFoundError (`unknown-backup`) where the store has a backup no longer.
+    """
+    placed: list[LegalHold] = []
+
+    def one(op: Operation, repository: Repository, backup: Backup, number: int) -> None:
+        name = layout.hold_name(backup.id)
+        if not repository.store.exists(name):
+            made = LegalHold(
+                backup=backup.id,
+                placed_at=repository.store.now(),
+                host=os.uname().nodename,
+                reason=reason,
+            )
+            op.intend(f"hold-{number}", "release-hold", _args(ctx, backup))
+            repository.store.put(name, [encode_hold(name, made, repository.keys)])
+            step("hold.placed")
+            _require_manifest(repository, backup)
+            op.done(f"hold-{number}")
+        placed.append(note(ctx, backup.store, repository)[backup.id])
+
+    _each(ctx, "backup-hold", prefixes, one)
+    return placed
+
+
+def _require_manifest(repository: Repository, backup: Backup) -> None:
+    if not repository.store.exists(layout.manifest_name(backup.id)):
+        raise NotFoundError(
+            f"backup {backup.id} is in store {backup.store} no longer: nothing is held",
+            code="unknown-backup",
+            hint="see what is there with: offload backup list",
+        )
+
+
+def release(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
+    """End the holds on the backups. NotFoundError (`not-held`) for one that has none."""
+    ended: list[Backup] = []
+
+    def one(op: Operation, repository: Repository, backup: Backup, number: int) -> None:
+        if not repository.store.exists(layout.hold_name(backup.id)):
+            raise NotFoundError(
+                f"there is no legal hold on backup {backup.id}",
+                code="not-held",
+                hint="see: offload backup list",
+            )
+        args = _args(ctx, backup)
+        op.intend(f"release-{number}", "release-hold", args)
+        undo_hold(ctx.instance, ctx.catalog, args)
+        op.done(f"release-{number}")
+        ended.append(backup)
+
+    _each(ctx, "backup-release", prefixes, one)
+    return ended
+
+
+def _each(
+    ctx: Context,
+    kind: str,
+    prefixes: Sequence[str],
+    job: Callable[[Operation, Repository, Backup, int], None],
+) -> None:
+    """Run the job for every backup, each in its store, in one operation."""
+    chosen = [ctx.catalog.backup(p.removeprefix("backup:")) for p in dict.fromkeys(prefixes)]
+    with ExitStack() as stack:
+        op = stack.enter_context(ctx.journal.operation(kind, " ".join(prefixes)))
+        opened = {
+            name: stack.enter_context(stores.opened(ctx, name, exclusive=False))
+            for name in sorted({backup.store for backup in chosen})
+        }
+        for number, backup in enumerate(chosen, 1):
+            job(op, opened[backup.store], backup, number)
+
+
+def _args(ctx: Context, backup: Backup) -> dict[str, str]:
+    return {"store": stores.spec_of(ctx, backup.store).text(), "backup": backup.id}
+
+
+def undo_hold(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+    """Take a hold away: one that was not placed to the end, or one whose release had begun."""
+    store = compose.open_store(args["store"])
+    try:
+        store.delete(layout.hold_name(args["backup"]))
+    finally:
+        store.close()
+    step("hold.released")
+    catalog.drop_hold(args["backup"])
