@@ -40,6 +40,7 @@ COMMANDS = {
     "restore": Lazy("offload.cli.restore:restore", "Write an image of a backup somewhere."),
     "verify": Lazy("offload.cli.verify:verify", "Read backups and check every byte."),
     "prune": Lazy("offload.cli.prune:prune", "Delete the backups that no rule keeps."),
+    "key": Lazy("offload.cli.key:key", "The ways into an encrypted store."),
     "store": Lazy("offload.cli.store:store", "Make, show and check stores."),
     "watch": Lazy("offload.cli.watch:watch", "Take care of pools, views, overlays all the time."),
     "recover": Lazy("offload.cli.recover:recover", "Take back what a dead process left."),

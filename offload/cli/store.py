@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from offload.cli import complete
 from offload.cli.app import Group, settings_of
-from offload.cli.output import emit, facts, table
+from offload.cli.output import emit, facts, note, table
+from offload.cli.quantities import size
+from offload.cli.recovery_key import recovery_choice
 from offload.cli.session import changing_context, reading_context
 from offload.errors import IntegrityError
 from offload.quantity import count_of, show_size
@@ -22,16 +25,73 @@ def store() -> None:
     """Where backups live."""
 
 
-@store.command("init", examples=["offload store init main"])
+@store.command(
+    "init",
+    examples=[
+        "offload store init main",
+        "offload store init main --recovery-key-to /media/usb/main.recovery",
+        "offload store init second --like main",
+    ],
+)
 @click.argument("name", shell_complete=complete.stores)
+@click.option(
+    "--recovery-key-to",
+    "recovery_file",
+    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+    help="Write the recovery key to this new file instead of showing it.",
+)
+@click.option("--no-recovery-key", is_flag=True, help="Make none: one lost key loses everything.")
+@click.option(
+    "--like",
+    metavar="STORE",
+    shell_complete=complete.stores,
+    help="Share ids and geometry with this store, so that copies send only what is missing.",
+)
+@click.option("--chunk-size", callback=size, help="Bytes of image in a chunk. Default: 256KiB.")
+@click.option("--page-entries", type=click.IntRange(2, 65536), help="Width of the tree: 256.")
+@click.option("--pack-size", callback=size, help="From which size a pack is closed: 32MiB.")
+@click.option("--zstd-level", type=click.IntRange(1, 19), help="Compression. Default: 1.")
 @click.pass_context
-def init(ctx: click.Context, name: str) -> None:
-    """Make the store NAME of the configuration. Its folder must be empty or missing."""
-    from offload.services import stores
+def init(
+    ctx: click.Context,
+    /,
+    *,
+    name: str,
+    recovery_file: Path | None,
+    no_recovery_key: bool,
+    like: str | None,
+    chunk_size: int | None,
+    page_entries: int | None,
+    pack_size: int | None,
+    zstd_level: int | None,
+) -> None:
+    """Make the store NAME of the configuration. Its place must be empty or missing.
+
+    With [stores.NAME.key] in the configuration it is encrypted. A key file that is missing is made;
+    a recovery key is shown once, and a part of it asked back.
+    """
+    from offload.services import store_init
 
     settings = settings_of(ctx)
     with changing_context(settings) as context:
-        made = stores.init(context, name)
+        encrypted = context.instance.config.store(name).key is not None
+        chosen = store_init.InitOptions(
+            chunk_bytes=chunk_size,
+            page_entries=page_entries,
+            pack_bytes=pack_size,
+            zstd_level=zstd_level,
+            like=like,
+            recovery=recovery_choice(
+                settings, recovery_file, none=no_recovery_key, encrypted=encrypted
+            ),
+        )
+        made = store_init.init(context, name, chosen)
+    if not encrypted:
+        note(
+            settings,
+            f"the store {name} is NOT encrypted: whoever can read its place can read the backups, "
+            "and who can write there can change them",
+        )
     emit(settings, made, lambda: _show(made))
 
 
@@ -143,6 +203,7 @@ def _show(entry: StoreSummary) -> None:
             ("holds", f"{_size(entry.raw_bytes)} in {_size(entry.stored_bytes)}"),
             ("free", f"{_size(entry.free_bytes)} of {_size(entry.size_bytes)}"),
             ("chunk size", _size(entry.chunk_bytes)),
+            ("encryption", f"key version {entry.key_version}" if entry.key_version else "none"),
         ]
     )
 

@@ -10,10 +10,9 @@ from offload import compose
 from offload.catalog.store import Catalog
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
-from offload.errors import BusyError, IntegrityError, NotFoundError, OffloadError, UnavailableError
+from offload.errors import IntegrityError, NotFoundError, OffloadError, UnavailableError
 from offload.format import layout
 from offload.format.index import decode_index
-from offload.format.layout import encode_parameters, new_parameters
 from offload.format.manifest import Manifest, decode_manifest
 from offload.format.pack import read_footer
 from offload.ids import new_id
@@ -43,6 +42,7 @@ class StoreSummary:
     format_version: int = layout.FORMAT_VERSION
     chunk_bytes: int | None = None
     zstd_level: int | None = None
+    key_version: int | None = None  # of what is written now; None: not encrypted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,35 +117,6 @@ def remove_packs(store: Store, writer: str) -> None:
             store.delete(pack)
 
 
-def init(ctx: Context, name: str) -> StoreSummary:
-    """Make a configured store. BusyError if there is one already, or the folder is not empty."""
-    config = ctx.instance.config.store(name)
-    try:
-        config.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        taken = [p.name for p in config.path.iterdir() if p.name != "lost+found"]
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot make the store folder {config.path}: {error.strerror}",
-            code="store-unavailable",
-        ) from error
-    if layout.STORE_OBJECT in taken:
-        raise BusyError(
-            f"{config.path} is a store already", code="store-exists", hint="offload store show"
-        )
-    if taken:
-        raise BusyError(
-            f"{config.path} is not empty: it holds {taken[0]}",
-            code="store-not-empty",
-            hint="choose an empty folder",
-        )
-    store = compose.open_store(config.spec())
-    try:
-        store.put(layout.STORE_OBJECT, [encode_parameters(new_parameters())])
-    finally:
-        store.close()
-    return show(ctx, name)
-
-
 def listing(ctx: Context) -> list[StoreSummary]:
     """All configured stores; one that cannot be opened says why in `state`."""
     found = []
@@ -181,6 +152,7 @@ def show(ctx: Context, name: str) -> StoreSummary:
             size_bytes=space[1] if space else None,
             chunk_bytes=repository.parameters.chunk_bytes,
             zstd_level=repository.parameters.zstd_level,
+            key_version=repository.keys.current.number or None,
         )
 
 

@@ -20,7 +20,7 @@ from offload.errors import PolicyError
 from offload.journal import CRASH_ENV
 from offload.model import Consistency, Instant, TimeMark
 from offload.run import run
-from offload.services import director, recover, status, stores
+from offload.services import director, recover, status, store_init
 from offload.services import mount as mounts
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
@@ -256,7 +256,7 @@ def test_timemark_of_a_group_that_nothing_holds_is_refused(site: Site, ctx: Cont
 
 
 def test_job_mount_backup_incremental_and_restore(site: Site, ctx: Context) -> None:
-    stores.init(ctx, "main")
+    store_init.init(ctx, "main")
     content = {name: os.urandom(4 * MIB) for name in ("db", "web")}
     for name, data in content.items():
         site.write(name, MIB, data)
@@ -330,7 +330,7 @@ def test_killed_timemark_is_taken_back(site: Site, ctx: Context) -> None:
 
 def test_killed_backup_leaves_no_metadata_snapshot(site: Site, ctx: Context) -> None:
     """And the next one is incremental again."""
-    stores.init(ctx, "main")
+    store_init.init(ctx, "main")
     with held(site):
         backup(ctx, "shop", "main")
         parents = site.snapshots()

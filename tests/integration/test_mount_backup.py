@@ -16,7 +16,7 @@ import pytest
 from offload.errors import BusyError, NotFoundError
 from offload.model import View
 from offload.services import mount as mounts
-from offload.services import stores
+from offload.services import store_init
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
@@ -71,7 +71,7 @@ def ctx(folder: Path, content: bytes) -> Iterator[Context]:
     config = folder / "offload.toml"
     config.write_text(CONFIG.format(folder=folder))
     with open_context(config) as made:
-        stores.init(made, "main")
+        store_init.init(made, "main")
         yield made
         mounts.unmount(made, [], all_views=True, force=True)
 

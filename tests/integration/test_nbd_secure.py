@@ -27,7 +27,7 @@ from offload.cli.main import run as cli
 from offload.errors import ConfigError, OffloadError, UnavailableError, UsageError
 from offload.model import Exposure, ExtentKind, Qcow2Source, RawSource, Source
 from offload.origin import parse_origin
-from offload.services import director, points, stores
+from offload.services import director, points, store_init
 from offload.services import mount as mounts
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
@@ -197,7 +197,7 @@ stores.main = {{ kind = "disk", path = "{folder}/store", min_free = "0%" }}
 """
     )
     with open_context(config) as ctx:
-        stores.init(ctx, "main")
+        store_init.init(ctx, "main")
         made = backup(ctx, "shop", "main").backup.id
         (point,) = points.of_backup(ctx, parse_origin(f"backup:{made}/db"))
     yield point.source

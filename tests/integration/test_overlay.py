@@ -24,7 +24,7 @@ from offload import overlay, procs, run
 from offload.cli.main import run as cli
 from offload.errors import BusyError, OffloadError, PolicyError, UnavailableError, UsageError
 from offload.model import TimeMark, View, ViewState
-from offload.services import director, overlays, recover, status, stores
+from offload.services import director, overlays, recover, status, store_init
 from offload.services import mount as mounts
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
@@ -299,7 +299,7 @@ def _finished(trace: Path) -> int:
 
 
 def test_origin_of_every_kind_stays_as_it_is(ctx: Context, mark: TimeMark, folder: Path) -> None:
-    stores.init(ctx, "main")
+    store_init.init(ctx, "main")
     made = backup(ctx, "shop", "main").backup.id
     timemarks = {t.id for t in ctx.catalog.timemarks()}
     before = _digests(folder)

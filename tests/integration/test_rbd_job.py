@@ -19,7 +19,7 @@ import rbd
 from offload import compose, run
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.model import Instant, Snapshot, TimeMark, Volume
-from offload.services import director, stores, timemark
+from offload.services import director, store_init, timemark
 from offload.services import mount as mounts
 from offload.services.backup import BackupReport, backup
 from offload.services.context import Context, open_context
@@ -245,7 +245,7 @@ def test_another_user_in_the_configuration_makes_no_orphan(ctx: Context, folder:
 def test_backup_full_and_incremental_restores_what_was_there(
     ctx: Context, site: RbdSite, pair: tuple[Volume, Volume], folder: Path
 ) -> None:
-    stores.init(ctx, "main")
+    store_init.init(ctx, "main")
     reports: list[BackupReport] = []
     states = []
     for turn in range(3):
@@ -275,7 +275,7 @@ def test_backup_full_and_incremental_restores_what_was_there(
 def test_backup_after_the_image_was_rolled_back_has_what_it_is(
     ctx: Context, site: RbdSite, pair: tuple[Volume, Volume], folder: Path
 ) -> None:
-    stores.init(ctx, "main")
+    store_init.init(ctx, "main")
     with site.open(pair[0]) as image:
         image.create_snap("before")
     site.write(pair[0], 0, b"wrong" * 1_000_000)
@@ -291,7 +291,7 @@ def test_backup_after_the_image_was_rolled_back_has_what_it_is(
 def test_backup_of_a_recreated_image_is_full_again(
     ctx: Context, site: RbdSite, pair: tuple[Volume, Volume]
 ) -> None:
-    stores.init(ctx, "main")
+    store_init.init(ctx, "main")
     backup(ctx, "shop")
     with site.ceph.pool() as pool:
         rbd.RBD().rename(pool, "db", "old")
