@@ -64,7 +64,7 @@ APPLICATIONS: dict[str, str] = {
     "script": "offload.quiescers.script:ScriptPart",
     "ssh": "offload.quiescers.ssh:SshPart",
 }
-STORES = {"disk": "offload.stores.disk:DiskStore"}
+STORES = {"disk": "offload.stores.disk:DiskStore", "s3": "offload.stores.s3:S3Store"}
 
 
 def snapshot_provider(name: str, instance_id: str) -> SnapshotProvider:

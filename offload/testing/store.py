@@ -34,6 +34,7 @@ class StoreContract(ABC):
     """What every store does."""
 
     refuses_taken_names = True  # False: the store cannot tell (S3 with versions)
+    reads_a_thread = 400  # where many threads read: fewer where each is a request
 
     @abstractmethod
     def open(self, url: str) -> Store:
@@ -178,7 +179,7 @@ class StoreContract(ABC):
         wrong: list[str] = []
 
         def reader(start: int) -> None:
-            for turn in range(400):
+            for turn in range(self.reads_a_thread):
                 name = f"p/{(start * 31 + turn * 7) % 120:03}"
                 if store.get_range(name, 0, 4096) != objects[name]:
                     wrong.append(name)
