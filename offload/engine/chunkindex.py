@@ -13,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import NotFoundError, UnavailableError
 from offload.filelock import alone
-from offload.format.pack import Entry
+from offload.format.pack import Entry, PackHead
 
-_LAYOUT = 2  # of the tables; a cache of another layout is made anew
+_LAYOUT = 3  # of the tables; a cache of another layout is made anew
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS source(
   number INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, sure INTEGER NOT NULL);
@@ -32,10 +32,12 @@ CREATE TABLE IF NOT EXISTS chunk(
   id BLOB NOT NULL, pack INTEGER NOT NULL, offset INTEGER NOT NULL, stored INTEGER NOT NULL,
   raw INTEGER NOT NULL, kind INTEGER NOT NULL, encoding INTEGER NOT NULL,
   PRIMARY KEY(id, pack, offset)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS head(
+  pack TEXT PRIMARY KEY, key_version INTEGER NOT NULL, salt BLOB NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS chunk_pack ON chunk(pack, offset);
 CREATE INDEX IF NOT EXISTS named_source ON named(source);
 """
-_TABLES = ("source", "pack", "named", "chunk")
+_TABLES = ("source", "pack", "named", "chunk", "head")
 _SQL_MANY = 500  # variables in one statement; SQLite allows more, old ones 999
 _ATTEMPTS = 20  # index objects that a prune merges while they are listed
 
@@ -272,6 +274,20 @@ class ChunkIndex:
         """All packs that the index knows."""
         with self._use():
             return [row[0] for row in self._db.execute("SELECT name FROM pack ORDER BY name")]
+
+    def note_heads(self, heads: Mapping[str, PackHead]) -> None:
+        """Keep how packs are encrypted, and forget it of packs that have gone."""
+        rows = [(pack, head.key_version, head.salt) for pack, head in heads.items()]
+        with self._use(), self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO head VALUES (?,?,?)", rows)
+            self._db.execute("DELETE FROM head WHERE pack NOT IN (SELECT name FROM pack)")
+
+    def head(self, pack: str) -> PackHead | None:
+        """How a pack is encrypted, or None if that is not known here."""
+        query = "SELECT key_version, salt FROM head WHERE pack = ?"
+        with self._use():
+            row = self._db.execute(query, (pack,)).fetchone()
+        return None if row is None else PackHead(*row)
 
     def empty(self) -> bool:
         """Whether it knows no chunk at all."""

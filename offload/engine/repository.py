@@ -6,9 +6,10 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zstandard
 
@@ -41,6 +42,8 @@ from offload.store import Buffer, Store
 log = logging.getLogger(__name__)
 
 _CIPHERS = 1024  # packs whose key is kept
+
+_Result = TypeVar("_Result")
 
 
 class Repository:
@@ -77,6 +80,7 @@ class Repository:
         parameters = layout.decode_parameters(raw, store.url)
         repository = cls(store, parameters, unlock(store, parameters), cache_dir)
         try:
+            _refuse_older(repository.keys, cache_dir / f"{parameters.store_id}.key-version", store)
             repository.refresh()
         except BaseException:
             repository.index.close()
@@ -86,13 +90,17 @@ class Repository:
     def refresh(self) -> None:
         """See what other writers have added or pruned since."""
         self.index.refresh(lambda: self.store.list(layout.INDEXES), self._load_index)
+        if self._heads:
+            self.index.note_heads(self._heads)
+            self._heads = {}
         noted = self.store.list(layout.QUARANTINE)
         self.quarantine = read_quarantine(noted, self.get_sealed, self.quarantine)
 
     def _load_index(self, name: str) -> tuple[dict[str, list[Entry]], bool]:
         """One index object, and True; where it is damaged, the footers of all packs, and False."""
         try:
-            packs, heads = decode_index_heads(name, self.store.get(name), self.keys)
+            raw = self.store.get(name)
+            packs, heads = self._with_keys(lambda keys: decode_index_heads(name, raw, keys))
             self._heads.update(heads)
             return packs, True
         except IntegrityError as error:
@@ -110,7 +118,8 @@ class Repository:
 
     def put_index(self, name: str, packs: dict[str, list[Entry]]) -> int:
         """Put an index object; returns its bytes."""
-        heads = {pack: self._heads[pack] for pack in packs if pack in self._heads}
+        known = {pack: self._known_head(pack) for pack in packs}
+        heads = {pack: head for pack, head in known.items() if head is not None}
         return self.store.put(name, [encode_index(name, packs, self.keys, heads)])
 
     def put_sealed(self, name: str, value: dict[str, Any]) -> str:
@@ -121,7 +130,19 @@ class Repository:
 
     def get_sealed(self, name: str) -> dict[str, Any]:
         """A sealed object. NotFoundError, IntegrityError (`bad-seal`)."""
-        return unseal_object(name, self.store.get(name), self.keys)
+        raw = self.store.get(name)
+        return self._with_keys(lambda keys: unseal_object(name, raw, keys))
+
+    def _with_keys(self, use: Callable[[Keys], _Result]) -> _Result:
+        """Use the keys; once more with the store's own of now, if a version is unknown: they may
+        have been rotated since this process opened the store."""
+        try:
+            return use(self.keys)
+        except IntegrityError as error:
+            if error.code != "key-version-unknown":
+                raise
+        self.keys = unlock(self.store, self.parameters)
+        return use(self.keys)
 
     def shape(self, size_bytes: int) -> Shape:
         """The tree geometry of an image of this size."""
@@ -188,13 +209,17 @@ class Repository:
 
     def note_head(self, pack: str, head: PackHead) -> None:
         """Take over what a writer in this process knows of its pack."""
-        self._heads[pack] = head
+        if head.key_version:
+            self._heads[pack] = head
+
+    def _known_head(self, pack: str) -> PackHead | None:
+        if not self.keys.encrypted:
+            return PLAIN_HEAD
+        return self._heads.get(pack) or self.index.head(pack)
 
     def pack_head(self, pack: str) -> PackHead:
         """How a pack is encrypted: known from an index object, or read from its first bytes."""
-        if not self.keys.encrypted:
-            return PLAIN_HEAD
-        head = self._heads.get(pack)
+        head = self._known_head(pack)
         if head is None:
             head = decode_head(pack, self.store.get_range(pack, 0, MAX_HEAD))
             self._heads[pack] = head
@@ -207,7 +232,8 @@ class Repository:
             if found is not None:
                 self._ciphers.move_to_end(pack)
                 return found
-        found = PackCipher(pack, self.pack_head(pack), self.keys)
+        head = self.pack_head(pack)
+        found = self._with_keys(lambda keys: PackCipher(pack, head, keys))
         with self._mutex:
             self._ciphers[pack] = found
             if len(self._ciphers) > _CIPHERS:
@@ -266,6 +292,26 @@ class Repository:
         """Close the index and the store."""
         self.index.close()
         self.store.close()
+
+
+def _refuse_older(keys: Keys, seen: Path, store: Store) -> None:
+    """IntegrityError (`key-rollback`) for an older key version than this machine has seen: whoever
+    brings back a wrapper from before a rotation would have new data written under a key that was
+    given up."""
+    number = keys.current.number
+    try:
+        known = int(seen.read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        known = 0
+    if number < known:
+        raise IntegrityError(
+            f"the store {store.url} opens with version {number} of its key, and this machine has "
+            f"seen version {known}: a key from before a rotation was brought back",
+            code="key-rollback",
+            hint=f"see: offload key list; if the store is right and this is wrong, remove {seen}",
+        )
+    if number > known:
+        seen.write_text(str(number), encoding="ascii")
 
 
 def _damaged(entry: Entry, pack: str) -> IntegrityError:
