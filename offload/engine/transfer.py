@@ -7,7 +7,7 @@ its compression stays as it is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from offload.engine.tree import TreeReader
 from offload.engine.work import run_workers
 from offload.errors import IntegrityError, NotFoundError
 from offload.format.pack import Encoding, Kind, chunk_id
-from offload.format.tree import Leaf, decode_inner_page, decode_leaf_page
+from offload.format.tree import MAX_DELTAS, Leaf, decode_inner_page, decode_leaf_page
 from offload.store import Buffer
 
 _REQUEST_BYTES = 4 << 20
@@ -210,6 +210,34 @@ def _changed(new: TreeReader, old: TreeReader, level: int, page: int) -> Iterato
 # -- into a store with another id key --------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a leaf becomes in the target: pieces that are there, then fresh ones (ids here)."""
+
+    kept: tuple[bytes, ...]
+    fresh: tuple[bytes, ...]
+
+    def leaf(self, names: Mapping[bytes, bytes]) -> Leaf:
+        """The leaf, once the fresh ones have their ids there."""
+        base, *deltas = (*self.kept, *(names[ident] for ident in self.fresh))
+        return Leaf(base, tuple(deltas))
+
+
+def _plan(leaf: Leaf | None, before: Leaf | None, known: Leaf | None) -> _Plan | None:
+    """`known` has the content of `before`, but perhaps in other pieces: one of the two stores may
+    have been folded. So it is built on as a whole or not at all."""
+    if leaf is None:
+        return None
+    pieces = (leaf.base, *leaf.deltas)
+    if before is not None and known is not None:
+        kept = (known.base, *known.deltas)
+        old = (before.base, *before.deltas)
+        more = pieces[len(old) :]
+        if pieces[: len(old)] == old and len(kept) + len(more) <= MAX_DELTAS + 1:
+            return _Plan(kept, more)
+    return _Plan((), pieces)
+
+
 class Rekeyer:
     """Leaf pages of one image, translated into the ids of a store with another id key. The pieces
     stay pieces: a list of deltas is as long there as here."""
@@ -231,15 +259,10 @@ class Rekeyer:
         there: list[Leaf | None] = [None] * count
         if self.source_parent is not None and self.target_parent is not None:
             old, there = self.source_parent.leaf_page(page), self.target_parent.leaf_page(page)
-        fresh = [leaf for leaf, before in zip(mine, old, strict=True) if leaf and leaf != before]
-        wanted = list(dict.fromkeys(i for leaf in fresh for i in (leaf.base, *leaf.deltas)))
-        names = self._store(wanted, writer, codec, advance)
-        return [
-            known
-            if leaf is not None and leaf == before
-            else leaf and Leaf(names[leaf.base], tuple(names[i] for i in leaf.deltas))
-            for leaf, before, known in zip(mine, old, there, strict=True)
-        ]
+        plans = [_plan(*slot) for slot in zip(mine, old, there, strict=True)]
+        wanted = {ident for plan in plans if plan is not None for ident in plan.fresh}
+        names = self._store(sorted(wanted), writer, codec, advance)
+        return [None if plan is None else plan.leaf(names) for plan in plans]
 
     def _store(
         self,

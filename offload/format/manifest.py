@@ -25,6 +25,7 @@ class Manifest:
     timemark: Mapping[str, Any] = field(default_factory=dict)  # its report
     previous: str | None = None  # hash of the newest manifest the writer saw: a chain
     software: str = ""
+    copied_from: Mapping[str, str] | None = None  # {store, backup}: ids of what it is a copy of
 
 
 def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
@@ -52,6 +53,7 @@ def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
             "vm_settings": None,
             "previous": manifest.previous,
             "software": manifest.software,
+            "copied_from": None if manifest.copied_from is None else dict(manifest.copied_from),
         },
         keys,
     )
@@ -85,6 +87,7 @@ def decode_manifest(name: str, raw: bytes, keys: Keys, store: str) -> Manifest:
     try:
         backup = _backup(value, store)
         rest = (value["group_config"], value["timemark"], value["previous"], value["software"])
+        origin = value.get("copied_from")
     except (KeyError, ValueError, TypeError) as error:
         raise IntegrityError(f"{name} lacks {error}", code="bad-manifest") from error
     if name.rpartition("/")[2] != backup.id:
@@ -100,6 +103,7 @@ def decode_manifest(name: str, raw: bytes, keys: Keys, store: str) -> Manifest:
         timemark=timemark,
         previous=previous,
         software=software,
+        copied_from=origin if origin is None else {str(k): str(v) for k, v in origin.items()},
     )
 
 

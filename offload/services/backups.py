@@ -169,12 +169,21 @@ def _manifest_gone(store: Store, backup: str) -> bool:
     return True
 
 
+def shown_by(ctx: Context) -> dict[str, str]:
+    """Backups that views show, each with the name of such a view."""
+    return {
+        view.origin.removeprefix("backup:").partition("/")[0]: view.name
+        for view in ctx.catalog.views()
+        if view.origin.startswith("backup:")
+    }
+
+
 def refuse_shown(ctx: Context, backup: str) -> None:
     """BusyError (`backup-in-use`) if a view shows the backup."""
-    for view in ctx.catalog.views():
-        if view.origin.startswith(f"backup:{backup}/"):
-            raise BusyError(
-                f"backup {backup} is shown by view {view.name}",
-                code="backup-in-use",
-                hint=f"first: offload unmount {view.name}",
-            )
+    view = shown_by(ctx).get(backup)
+    if view is not None:
+        raise BusyError(
+            f"backup {backup} is shown by view {view}",
+            code="backup-in-use",
+            hint=f"first: offload unmount {view}",
+        )

@@ -1,0 +1,587 @@
+"""Copy: backups from one store to another.
+
+Between stores that share the id key (`store init --like`) and the geometry, the subtrees are sent
+that differ from the newest copy's, and of these the chunks that the target lacks (`same-key`). With
+another id key it is each piece that differs from the newest copy's, under its new id (`new-key`);
+into a store that is cut otherwise (chunk size, page width) the image, as a backup of it
+(`new-cut`).
+
+A copy is a backup of its own in the target, with its own id, and says what it is a copy of
+(`copied_from`), which makes a second run find that it is there already. Lists of deltas stay as
+they are. The commit point is the manifest; index objects come out every `_BATCH_BYTES`, so that
+what a killed copy has sent is not sent again:
+
+| killed | in the target | recovery |
+| --- | --- | --- |
+| while a batch is written | its packs | removed |
+| after its index object | its packs and index object | stay: the next run finds the chunks |
+| after the manifest | a finished copy | kept, and entered in the catalog |
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from offload import __version__, compose
+from offload.catalog.store import Catalog
+from offload.engine.chunkindex import Location
+from offload.engine.fences import look_for_fences
+from offload.engine.manifests import read_folds, read_manifest
+from offload.engine.packwriter import Compressor, PackWriter
+from offload.engine.pins import HeldPin, PinKind, drop_pin, images_of, pinned_manifest
+from offload.engine.readimage import StoredImage
+from offload.engine.repository import Repository
+from offload.engine.tombstones import look
+from offload.engine.transfer import Rekeyer, WantedPage, changed_leaf_pages, send, wanted_pages
+from offload.engine.tree import TreeBuilder, TreeReader
+from offload.engine.work import run_workers
+from offload.engine.writeimage import Job, write_image
+from offload.errors import (
+    IntegrityError,
+    NotFoundError,
+    OffloadError,
+    UnavailableError,
+    UsageError,
+)
+from offload.format import layout
+from offload.format.manifest import Manifest, encode_manifest
+from offload.format.pack import Kind
+from offload.ids import match_prefix, new_id
+from offload.instance import Instance
+from offload.journal import Operation, step
+from offload.model import Backup, BackupId, ImageRecord
+from offload.progress import NoProgress, Progress
+from offload.quantity import Watermark
+from offload.services import backups as finished
+from offload.services import stores
+from offload.services.backup import newest_manifest
+from offload.services.context import Context
+from offload.store import Store
+
+Advance = Callable[[int], None]
+
+_BATCH_BYTES = 512 << 20  # stored; what a killed copy may have to send again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyRequest:
+    """Which backups, from where, to where: by `ids` (or prefixes), or all, or those of a group;
+    `last`: only so many, the newest."""
+
+    source: str
+    target: str
+    ids: tuple[str, ...] = ()
+    group: str | None = None
+    last: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """What became of one backup. `how`: same-key, new-key, new-cut, already-there, failed."""
+
+    backup: str
+    copy: str
+    group: str
+    how: str
+    read_bytes: int = 0
+    stored_bytes: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyReport:
+    """What a copy run did, in the order in which it was done."""
+
+    source: str
+    target: str
+    copies: tuple[Copied, ...]
+    stored_bytes: int
+
+
+def copy(ctx: Context, request: CopyRequest, progress: Progress | None = None) -> CopyReport:
+    """Copy backups, the oldest first. What is there already is said so, and not sent.
+
+    A backup that cannot be read in the source is reported (`failed`), and the others go on.
+    Raises NotFoundError (`unknown-backup`), UsageError (`same-store`).
+    """
+    ctx.instance.config.store(request.source)
+    ctx.instance.config.store(request.target)
+    with (
+        stores.opened(ctx, request.source, exclusive=False) as source,
+        stores.opened(ctx, request.target, exclusive=False) as target,
+    ):
+        if source.parameters.store_id == target.parameters.store_id:
+            raise UsageError(
+                f"{request.source} and {request.target} are one store",
+                code="same-store",
+                hint="name another one with --to",
+            )
+        run = _Run(ctx, request, source, target, progress or NoProgress())
+        done = tuple(run.copies())
+    return CopyReport(
+        source=request.source,
+        target=request.target,
+        copies=done,
+        stored_bytes=sum(entry.stored_bytes for entry in done),
+    )
+
+
+class _Run:
+    """The chosen backups, one after the other."""
+
+    def __init__(
+        self, ctx: Context, request: CopyRequest, source: Repository, target: Repository,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self.ctx = ctx
+        self.request = request
+        self.source = source
+        self.target = target
+        self.progress = progress
+        self.unreadable: list[Copied] = []
+        self.backups = {str(m.backup.id): m for m in self._manifests()}
+        there = dict(_origins(target))
+        self.there = {  # id in the source → id in the target
+            ident: there[key]
+            for ident, manifest in self.backups.items()
+            if (key := _origin(manifest, source)) in there
+        }
+
+    def copies(self) -> Iterator[Copied]:
+        """Copy what is not there yet."""
+        for backup in self._chosen():
+            known = self.there.get(backup.id)
+            if known is not None:
+                self._enter(known)
+                yield Copied(backup=backup.id, copy=known, group=backup.group, how="already-there")
+                continue
+            try:
+                done = self._one(backup.id)
+            except IntegrityError as error:
+                if error.code == "write-check":
+                    raise
+                yield _failed(backup.id, backup.group, error)
+                continue
+            self.there[backup.id] = done.copy
+            yield done
+        yield from self.unreadable
+
+    def _enter(self, ident: str) -> None:
+        """A copy that this catalog may not know: made by another host, or before a crash."""
+        self.ctx.catalog.add_backup(read_manifest(self.target, ident, self.request.target).backup)
+
+    def _one(self, ident: str) -> Copied:
+        with self.ctx.journal.operation("copy", f"{ident} to {self.request.target}") as op:
+            copying = _Copying(
+                self.ctx, op, self.request, self.source, self.target,
+                there=self.there, progress=self.progress,
+            )  # fmt: skip
+            return copying.run(ident)
+
+    def _manifests(self) -> Iterator[Manifest]:
+        """All of the source."""
+        folds = read_folds(self.source)
+        for name in self.source.store.list(layout.MANIFESTS):
+            ident = name.removeprefix(layout.MANIFESTS)
+            try:
+                yield read_manifest(self.source, ident, self.request.source, folds)
+            except IntegrityError as error:
+                self.unreadable.append(_failed(ident, "", error))
+
+    def _chosen(self) -> list[Backup]:
+        """The oldest first."""
+        request = self.request
+        bad = [entry.backup for entry in self.unreadable]
+        wanted = {
+            match_prefix("backup", one.removeprefix("backup:"), [*self.backups, *bad])
+            for one in request.ids
+        }
+        if wanted:
+            self.unreadable = [entry for entry in self.unreadable if entry.backup in wanted]
+        chosen = sorted(
+            (
+                manifest.backup
+                for ident, manifest in self.backups.items()
+                if (not wanted or ident in wanted)
+                and request.group in (None, manifest.backup.group)
+            ),
+            key=lambda b: (b.created_at, b.id),
+        )
+        return chosen if request.last is None else chosen[-request.last :]
+
+
+def _failed(ident: str, group: str, error: OffloadError) -> Copied:
+    return Copied(backup=ident, copy="", group=group, how="failed", error=error.message)
+
+
+def _origin(manifest: Manifest, repository: Repository) -> tuple[str, str]:
+    """The ids of the store and the backup that this is, or is a copy of."""
+    origin = manifest.copied_from
+    if origin is None:
+        return repository.parameters.store_id, manifest.backup.id
+    return origin["store"], origin["backup"]
+
+
+def _origins(target: Repository) -> Iterator[tuple[tuple[str, str], str]]:
+    """What a store holds, by what it is a copy of; its own backups too. What is damaged or was just
+    deleted is nothing to rely on."""
+    folds = read_folds(target)
+    for name in target.store.list(layout.MANIFESTS):
+        ident = name.removeprefix(layout.MANIFESTS)
+        with suppress(NotFoundError, IntegrityError):
+            yield _origin(read_manifest(target, ident, folds=folds), target), ident
+
+
+class _Copying:
+    """One backup on its way. It writes under the rules of docs/design/store-protocol.md: a pin
+    first, then a look at what may be built on; the manifest, then a look whether it still counts.
+    """
+
+    def __init__(
+        self, ctx: Context, op: Operation, request: CopyRequest, source: Repository,
+        target: Repository, *, there: Mapping[str, str], progress: Progress,
+    ) -> None:  # fmt: skip
+        self.ctx = ctx
+        self.op = op
+        self.request = request
+        self.source = source
+        self.target = target
+        self.there = there
+        self.progress = progress
+        self.id = BackupId(new_id())
+        free = Watermark.parse(ctx.instance.config.store(request.target).min_free)
+        self.batches = Batches(op, target, self.id, free)
+        self.read_bytes = 0
+        self._mutex = threading.Lock()
+
+    def run(self, ident: str) -> Copied:
+        """Copy it; returns what was done."""
+        spec = self.target.store.spec.text()
+        self.op.intend(
+            "pin", "abort-copy", {"store": spec, "name": self.request.target, "backup": self.id}
+        )
+        with (
+            pinned_manifest(self.source, ident, self.request.source) as (manifest, _),
+            HeldPin(self.target, PinKind.WRITER, ident=self.id) as pin,
+        ):
+            step("copy.pin.put")
+            sight = look(self.target)
+            pin.seen(list(sight.tombstones))
+            self.target.index.rely_on(sight.reliable)
+            parent = self._parent(manifest.backup, pin)
+            images = tuple(self._image(image, parent) for image in manifest.backup.images)
+            step("copy.images.written")
+            done = self._publish(manifest, images, parent, pin)
+        self.ctx.catalog.add_backup(done)
+        self.op.done("catalog")
+        return Copied(
+            backup=ident,
+            copy=self.id,
+            group=done.group,
+            how=self.how(),
+            read_bytes=self.read_bytes,
+            stored_bytes=self.batches.stored_bytes,
+        )
+
+    def how(self) -> str:
+        """By which way chunks are sent between these two stores."""
+        ours, theirs = self.source.parameters, self.target.parameters
+        if (ours.chunk_bytes, ours.page_entries) != (theirs.chunk_bytes, theirs.page_entries):
+            return "new-cut"
+        return "same-key" if self.source.keys.data == self.target.keys.data else "new-key"
+
+    # -- the parent ------------------------------------------------------------------------------
+
+    def _parent(self, backup: Backup, pin: HeldPin) -> _Parent | None:
+        """The newest backup up to this one that both stores have, pinned in the target."""
+        folds = read_folds(self.source)
+        known = []
+        for ident in self.there:
+            try:
+                before = read_manifest(self.source, ident, self.request.source, folds).backup
+            except (NotFoundError, IntegrityError):
+                continue
+            if before.created_at <= backup.created_at and before.group == backup.group:
+                known.append(before)
+        for before in sorted(known, key=lambda b: (b.created_at, b.id), reverse=True):
+            copy = self.there[before.id]
+            with suppress(NotFoundError, IntegrityError):
+                pinned = read_manifest(self.target, copy, self.request.target).backup
+                pin.pin(images_of(pinned))
+                again = read_manifest(self.target, copy, self.request.target).backup
+                if images_of(again) == images_of(pinned):
+                    return _Parent(before, pinned)
+        return None
+
+    def _trees(
+        self, image: ImageRecord, parent: _Parent | None
+    ) -> tuple[TreeReader, TreeReader | None, TreeReader | None]:
+        """The image's tree; the parent's in the source, and the same in the target."""
+        mine = _tree(self.source, image)
+        before = parent.source.image(image.volume) if parent else None
+        there = parent.target.image(image.volume) if parent else None
+        if before is None or there is None or before.size_bytes != image.size_bytes:
+            return mine, None, None
+        return mine, _tree(self.source, before), _tree(self.target, there)
+
+    # -- the images ------------------------------------------------------------------------------
+
+    def _image(self, image: ImageRecord, parent: _Parent | None) -> ImageRecord:
+        task = f"{image.volume} of {self.id}"
+        before = self.batches.stored_bytes
+        self.progress.start(task, None)
+
+        def advance(count: int) -> None:
+            with self._mutex:
+                self.read_bytes += count
+            self.progress.advance(task, count)
+
+        mine, old, there = self._trees(image, parent)
+        match self.how():
+            case "same-key":
+                root = self._same_key(mine, there, advance)
+            case "new-key":
+                root = self._new_key(mine, old, there, advance)
+            case _:
+                root = self._new_cut(image, parent, there, advance)
+        self.progress.finish(task)
+        step(f"copy.image.{image.volume}")
+        stored = self.batches.stored_bytes - before
+        return replace(image, root=root.hex(), stored_bytes=stored)
+
+    def _same_key(self, mine: TreeReader, there: TreeReader | None, advance: Advance) -> bytes:
+        batch = _Batch()
+        for page in wanted_pages(mine, there):
+            wanted = [
+                i for i in page.chunks if i not in batch.places and not self.target.index.has(i)
+            ]
+            places = self.source.index.find_many(wanted)
+            for ident in wanted:
+                batch.add(places.get(ident) or self.source.locate(ident))
+            batch.pages.append(page)
+            if batch.stored_bytes >= _BATCH_BYTES:
+                self._send(batch, advance)
+                batch = _Batch()
+        self._send(batch, advance)
+        return mine.root
+
+    def _send(self, batch: _Batch, advance: Advance) -> None:
+        if not batch.pages:
+            return
+        codec = Compressor(self.target.parameters.zstd_level)
+        with self.batches.writer() as writer:
+            send(self.source, writer, batch.places.values(), advance)
+            for page in batch.pages:
+                writer.add(Kind.PAGE, page.raw, codec.compress, page.ident)
+
+    def _new_key(
+        self, mine: TreeReader, old: TreeReader | None, there: TreeReader | None, advance: Advance
+    ) -> bytes:
+        rekeyer = Rekeyer(mine, old, there)
+        level = self.target.parameters.zstd_level
+        pages = list(changed_leaf_pages(mine, old))
+        size = max(1, _BATCH_BYTES // mine.shape.page_bytes)
+        putter = _PagePutter(level)
+        builder = TreeBuilder(mine.shape, there, putter.put)
+
+        @contextmanager
+        def codec() -> Iterator[Compressor]:
+            yield Compressor(level)
+
+        for at in range(0, len(pages), size):
+            with self.batches.writer() as writer:
+                putter.writer = writer
+
+                def job(page: int, tool: Compressor, writer: PackWriter = writer) -> None:
+                    builder.put_leaf_page(page, rekeyer.leaves(page, writer, tool, advance))
+
+                run_workers(iter(pages[at : at + size]), codec, job)
+        with self.batches.writer() as writer:
+            putter.writer = writer
+            return builder.finish()
+
+    def _new_cut(
+        self, image: ImageRecord, parent: _Parent | None, there: TreeReader | None, advance: Advance
+    ) -> bytes:
+        before = parent.source.image(image.volume) if parent and there else None
+        changed = None
+        if before is not None:
+            changed = finished.diff_images(self.source, image.volume, before, image).ranges
+        stored = StoredImage(
+            self.source, bytes.fromhex(image.root), image.size_bytes, image.sector_size
+        )
+        job = Job(
+            image=stored,
+            shape=self.target.shape(image.size_bytes),
+            parent=there,
+            changed=changed,
+            advance=advance,
+        )
+        try:
+            with self.batches.writer() as writer:
+                return write_image(job, writer)[0]
+        finally:
+            stored.close()
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def _publish(
+        self, manifest: Manifest, images: tuple[ImageRecord, ...], parent: _Parent | None,
+        pin: HeldPin,
+    ) -> Backup:  # fmt: skip
+        first, ident = _origin(manifest, self.source)
+        done = replace(
+            manifest.backup,
+            id=self.id,
+            store=self.request.target,
+            finished_at=datetime.now(UTC),
+            images=images,
+            parent=parent.target.id if parent else None,
+            host=os.uname().nodename,
+        )
+        made = replace(
+            manifest,
+            backup=done,
+            previous=newest_manifest(self.target),
+            software=f"offload {__version__}",
+            copied_from={"store": first, "backup": ident},
+        )
+        name = layout.manifest_name(self.id)
+        pin.check()
+        step("copy.manifest.before")
+        self.target.store.put(name, [encode_manifest(made, self.target.keys)])
+        step("copy.manifest.written")
+        try:
+            pin.look()
+            _check_relied(self.target)
+        except OffloadError:
+            self.target.store.delete(name)
+            raise
+        step("copy.manifest.counts")
+        return done
+
+
+def _check_relied(target: Repository) -> None:
+    """The packs that the copy builds on are still there."""
+    gone = target.index.relied - set(target.store.list(layout.PACKS))
+    if gone:
+        raise UnavailableError(
+            f"{len(gone)} packs that the copy was built on went while it was made",
+            code="given-up",
+            hint="run it again",
+        )
+
+
+def _tree(repository: Repository, image: ImageRecord) -> TreeReader:
+    shape = repository.shape(image.size_bytes)
+    return TreeReader(repository, bytes.fromhex(image.root), shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parent:
+    """One backup in both stores."""
+
+    source: Backup
+    target: Backup
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What is sent under one index object."""
+
+    places: dict[bytes, Location] = field(default_factory=dict)
+    pages: list[WantedPage] = field(default_factory=list)
+    stored_bytes: int = 0
+
+    def add(self, place: Location) -> None:
+        """One more chunk."""
+        self.places[place.entry.id] = place
+        self.stored_bytes += place.entry.stored_length
+
+
+class _PagePutter:
+    """Stores pages of a tree through the writer of the moment, from any thread."""
+
+    def __init__(self, level: int) -> None:
+        self.writer: PackWriter | None = None
+        self._codec = Compressor(level)
+        self._mutex = threading.Lock()
+
+    def put(self, raw: bytes) -> bytes:
+        """Store one; returns its id."""
+        if self.writer is None:
+            raise ValueError("no writer yet")
+        with self._mutex:
+            return self.writer.add(Kind.PAGE, raw, self._codec.compress)[0]
+
+
+class Batches:
+    """Writers one after the other, each with an index object of its own: what one of them has sent
+    stays when the next is killed. Their names begin with that of the whole."""
+
+    def __init__(
+        self, op: Operation, repository: Repository, ident: str, min_free: Watermark
+    ) -> None:
+        self.op = op
+        self.repository = repository
+        self.ident = ident
+        self.stored_bytes = 0
+        self._min_free = min_free
+        self._count = 0
+
+    @contextmanager
+    def writer(self) -> Iterator[PackWriter]:
+        """The next one; its index object is out when the block ends."""
+        self._count += 1
+        name = new_id()
+        store = self.repository.store.spec.text()
+        self.op.intend(f"batch-{self._count}", "abort-packs", {"store": store, "writer": name})
+        with PackWriter(self.repository, name, min_free=self._min_free) as writer:
+            yield writer
+            writer.finish()
+        self.stored_bytes += writer.stored_bytes
+        self.op.done(f"batch-{self._count}")
+
+
+# -- after a crash -------------------------------------------------------------------------------
+
+
+def undo_packs(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
+    """Remove the packs of a batch whose index object is not out; others may build on the rest."""
+    store = compose.open_store(args["store"])
+    try:
+        if not store.exists(layout.index_name(args["writer"])):
+            stores.remove_packs(store, args["writer"])
+        stores.sweep_temporary(store, args["writer"])
+    finally:
+        store.close()
+
+
+def undo_copy(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
+    """Enter a copy whose manifest is out and counts, take one back that does not, let go of the
+    pin."""
+    store = compose.open_store(args["store"])
+    try:
+        name = layout.manifest_name(args["backup"])
+        if store.exists(name):
+            if look_for_fences(store, args["backup"]):
+                store.delete(name)
+            else:
+                _adopt(store, instance, catalog, args)
+        stores.sweep_temporary(store, args["backup"])
+        drop_pin(store, args["backup"])
+    finally:
+        store.close()
+
+
+def _adopt(store: Store, instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
+    repository = Repository.open(store, instance.cache_dir)
+    try:
+        catalog.add_backup(read_manifest(repository, args["backup"], args["name"]).backup)
+    finally:
+        repository.index.close()
