@@ -50,7 +50,8 @@ _SELECT = (
 
 
 _RELIABLE = (
-    "SELECT p.name FROM chunk c JOIN pack p ON p.number = c.pack WHERE c.id = ? AND EXISTS("
+    "SELECT p.name, c.offset FROM chunk c JOIN pack p ON p.number = c.pack "
+    "WHERE c.id = ? AND EXISTS("
     "SELECT 1 FROM named n JOIN source s ON s.number = n.source "
     "WHERE n.pack = c.pack AND s.sure)"
 )
@@ -70,6 +71,7 @@ class ChunkIndex:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.avoid: Set[str] = frozenset()  # packs that are to be deleted: read last
+        self.bad: Callable[[str, int], bool] = _none_is  # (pack, offset): cannot be read there
         self.relied: set[str] = set()  # packs that a writer has found chunks in
         self._reliable: Set[str] | None = None
         self._mutex = threading.Lock()
@@ -220,7 +222,11 @@ class ChunkIndex:
         """All places of a chunk, best first."""
         with self._use():
             rows = self._db.execute(f"{_SELECT} WHERE c.id = ?", (ident,)).fetchall()
-        return sorted((_location(row) for row in rows), key=lambda place: place.pack in self.avoid)
+        return [_location(row) for row in sorted(rows, key=lambda row: self._rank(row[1], row[2]))]
+
+    def _rank(self, pack: str, offset: int) -> tuple[bool, bool]:
+        """Smaller is better: what is known to be bad comes last."""
+        return self.bad(pack, offset), pack in self.avoid
 
     def find_many(self, ids: Sequence[bytes]) -> dict[bytes, Location]:
         """The best places of all that are known."""
@@ -231,7 +237,9 @@ class ChunkIndex:
                 marks = ",".join("?" * len(part))
                 for row in self._db.execute(f"{_SELECT} WHERE c.id IN ({marks})", part):
                     known = found.get(row[0])
-                    if known is None or (known.pack in self.avoid and row[1] not in self.avoid):
+                    if known is None or self._rank(row[1], row[2]) < self._rank(
+                        known.pack, known.entry.offset
+                    ):
                         found[row[0]] = _location(row)
         return found
 
@@ -243,11 +251,14 @@ class ChunkIndex:
         """Whether a writer need not store a chunk; what it builds on is noted in `relied`.
 
         Not for a place that only a damaged index object was read for: packs that are still being
-        written were taken in with it, and they may go.
+        written were taken in with it, and they may go. Nor for a place that is noted as bad: what
+        is stored anew mends it.
         """
         with self._use():
             rows = self._db.execute(_RELIABLE, (ident,)).fetchall()
-            for (pack,) in rows:
+            for pack, offset in rows:
+                if self.bad(pack, offset):
+                    continue
                 if self._reliable is None or pack in self._reliable:
                     self.relied.add(pack)
                     return True
@@ -303,6 +314,10 @@ class ChunkIndex:
     def close(self) -> None:
         """Close the database."""
         self._db.close()
+
+
+def _none_is(_pack: str, _offset: int) -> bool:
+    return False
 
 
 def _location(row: tuple[bytes, str, int, int, int, int, int]) -> Location:

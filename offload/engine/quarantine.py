@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from offload.engine.chunkindex import Location
 from offload.errors import IntegrityError, NotFoundError
 from offload.format import layout
 from offload.ids import new_id
@@ -50,8 +49,9 @@ class Quarantine:
         object.__setattr__(self, "_gone", gone)
         object.__setattr__(self, "_places", places)
 
-    def __contains__(self, place: Location) -> bool:
-        return place.pack in self._gone or (place.pack, place.entry.offset) in self._places
+    def has(self, pack: str, offset: int) -> bool:
+        """Whether the record at this place cannot be read."""
+        return pack in self._gone or (pack, offset) in self._places
 
     def packs(self) -> set[str]:
         """The packs that are noted."""

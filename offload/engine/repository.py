@@ -95,6 +95,7 @@ class Repository:
             self._heads = {}
         noted = self.store.list(layout.QUARANTINE)
         self.quarantine = read_quarantine(noted, self.get_sealed, self.quarantine)
+        self.index.bad = self.quarantine.has
 
     def _load_index(self, name: str) -> tuple[dict[str, list[Entry]], bool]:
         """One index object, and True; where it is damaged, the footers of all packs, and False."""
