@@ -43,11 +43,7 @@ def write(path: Path, text: str, *, force: bool) -> Path | None:
             out.flush()
             os.fsync(out.fileno())
     except FileExistsError as error:
-        raise BusyError(
-            f"there is a configuration already: {path}",
-            code="config-exists",
-            hint="edit it, or say --force to move it aside",
-        ) from error
+        raise _exists(path) from error
     except OSError as error:
         raise ConfigError(
             f"cannot write {error.filename or path}: {error.strerror}",
@@ -55,6 +51,20 @@ def write(path: Path, text: str, *, force: bool) -> Path | None:
             hint="choose another place: offload --config PATH init",
         ) from error
     return aside
+
+
+def check(path: Path, *, force: bool) -> None:
+    """Refuse early what `write` would refuse: BusyError (`config-exists`)."""
+    if path.exists() and not force:
+        raise _exists(path)
+
+
+def _exists(path: Path) -> BusyError:
+    return BusyError(
+        f"there is a configuration already: {path}",
+        code="config-exists",
+        hint="edit it, or say --force to move it aside",
+    )
 
 
 def _make_folder(folder: Path) -> None:
