@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from offload.engine.chunkindex import Location
+from offload.engine.fences import look_for_fences
 from offload.engine.manifests import Folds
 from offload.engine.packwriter import Compressor, PackWriter
 from offload.engine.readimage import Places, read_leaf
@@ -145,14 +146,13 @@ def publish(
     raw = encode_fold(name, Fold(folds.next_sequence, merged), repository.keys)
     repository.store.put(name, [raw])
     step("prune.fold.written")
-    for folder in (layout.FENCES, layout.VOIDS):
-        if repository.store.exists(folder + prune):
-            repository.store.delete(name)
-            raise BusyError(
-                "this prune took too long and was given up by another one",
-                code="prune-given-up",
-                hint="run it again",
-            )
+    if look_for_fences(repository.store, prune):
+        repository.store.delete(name)
+        raise BusyError(
+            "this prune took too long and was given up by another one",
+            code="prune-given-up",
+            hint="run it again",
+        )
     return [old for old in folds.objects if old != name]
 
 

@@ -27,6 +27,7 @@ from offload.model import ExtentKind
 
 UNIT_SLOTS = 16  # chunks read with one call: 4 MiB at 256 KiB chunks
 _DELTA_SHARE = 0.5  # changed share of a chunk from which it is written whole
+_CHAIN_SHARE = 2  # of a chunk that its deltas may take in all, before it is written whole again
 
 
 @dataclass(slots=True)
@@ -309,7 +310,7 @@ class _ImageWriter:
         if len(old.deltas) >= MAX_DELTAS:
             return True
         sizes = (self.repository.locate(d).entry.raw_length for d in old.deltas)
-        return sum(sizes) + total(changed) > length
+        return sum(sizes) + total(changed) > length * _CHAIN_SHARE
 
     def _store_delta(self, old: Leaf, local: Ranges, chunk: memoryview, tool: _Tool) -> Leaf:
         raw = encode_delta(align(local, 512, len(chunk)), chunk)

@@ -352,11 +352,13 @@ def test_publish_takes_along_what_earlier_folds_say_of_kept_backups(
     assert now == Fold(5, {"b1": {"v": "0a" * 32, "w": "02" * 32}, "b2": {"v": "0b" * 32}})
 
 
-@pytest.mark.parametrize("folder", ["fences", "voids"])
+@pytest.mark.parametrize(
+    "name", [layout.fence_name("aprune0001", "bprune0001"), layout.void_name("aprune0001")]
+)
 def test_publish_by_a_prune_that_was_given_up_takes_it_back(
-    repository: Repository, folder: str
+    repository: Repository, name: str
 ) -> None:
-    repository.store.put(f"{folder}/aprune0001", [b"{}"])
+    repository.store.put(name, [b"{}"])
     with pytest.raises(BusyError) as caught:
         publish(repository, "aprune0001", Folds({}), {"b1"}, {"b1": {"v": "0a" * 32}})
     assert caught.value.code == "prune-given-up"
