@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import backups, fleet, latency, mounts, quiesce, reading, stages, targets
+from bench import backups, fleet, latency, mounts, nights, quiesce, reading, stages, targets
 from bench.ground import Ground, choose_folder, ground
 from bench.report import Table, write_page
 
 PARTS = (
-    "stages", "full", "reading", "incremental", "start", "many", "targets", "luns", "first",
-    "freeze", "fleet", "latency",
+    "stages", "full", "reading", "incremental", "nights", "start", "many", "targets", "luns",
+    "first", "freeze", "fleet", "latency",
 )  # fmt: skip
 
 
@@ -64,18 +64,28 @@ def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> lis
             show(reading.measure(place, rounds))
         if "incremental" in wanted:
             show(backups.incremental(place))
-        if "start" in wanted:
-            show(mounts.start_up(place, rounds))
-        if "many" in wanted:
-            show(mounts.many(place))
-        if "targets" in wanted:
-            show(targets.reading(place, rounds))
-        if "luns" in wanted:
-            show(targets.many(place))
-        if "first" in wanted:
-            show(targets.first_read(place, rounds))
+        if "nights" in wanted:
+            for table in nights.measure(place.folder):
+                show(table)
+        _measure_views(place, wanted, rounds, show)
         _measure_guests(place, wanted, chosen, show)
     return tables
+
+
+def _measure_views(
+    place: Ground, wanted: list[str], rounds: int, show: Callable[[Table], None]
+) -> None:
+    """What shows points in time to others."""
+    if "start" in wanted:
+        show(mounts.start_up(place, rounds))
+    if "many" in wanted:
+        show(mounts.many(place))
+    if "targets" in wanted:
+        show(targets.reading(place, rounds))
+    if "luns" in wanted:
+        show(targets.many(place))
+    if "first" in wanted:
+        show(targets.first_read(place, rounds))
 
 
 def _measure_guests(

@@ -129,7 +129,7 @@ def make_mixed(path: Path) -> None:
     """2 GiB: 1,400 MiB of files from /usr at 4 KiB boundaries, 200 MiB random, the rest zeros."""
     goal = _FILES_MIB * MIB
     with path.open("wb") as out:
-        for file in _files("/usr"):
+        for file in files_of("/usr"):
             data = file.read_bytes()
             out.write(data + bytes(-len(data) % 4096))
             if out.tell() >= goal:
@@ -142,7 +142,8 @@ def make_mixed(path: Path) -> None:
             out.write(bytes(MIB))
 
 
-def _files(top: str) -> Iterator[Path]:
+def files_of(top: str) -> Iterator[Path]:
+    """Readable files below a folder, in the order of their names."""
     for folder, folders, names in os.walk(top):
         folders.sort()
         for name in sorted(names):
