@@ -32,7 +32,7 @@ _SECRET_KEYS = ("passphrase", "password", "secret")
 # pydantic puts the kind of a table that comes in several into the place of an error
 _KINDS = (
     "local", "qmp", "qemu-ga", "libvirt", "vmware", "vsphere",
-    "postgresql", "mysql", "sqlite", "script", "ssh",
+    "postgresql", "mysql", "sqlite", "script", "ssh", "disk", "s3",
 )  # fmt: skip
 CONFIG_ENV = "OFFLOAD_CONFIG"
 
@@ -273,7 +273,9 @@ def load_config(path: Path) -> Config:
 def _explain(path: Path, error: ValidationError) -> str:
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if part not in _KINDS)
+        # the second part is a name that the file gives, and may be such a word
+        parts = (p for at, p in enumerate(item["loc"]) if at == 1 or p not in _KINDS)
+        key = ".".join(str(part) for part in parts)
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key '{key}'" + _suggest(str(item["loc"][-1])))
         else:

@@ -91,6 +91,16 @@ class Store(Protocol):
 
 
 @runtime_checkable
+class Sweepable(Protocol):
+    """A store in which an unfinished `put` leaves something behind that is no object."""
+
+    def sweep(self, part: str, *, min_age_s: float = 0.0) -> int:
+        """Remove what puts of objects whose name holds `part` have left, at least that old;
+        returns how many. What a put in progress has written goes with it, and the put fails."""
+        ...
+
+
+@runtime_checkable
 class Exclusive(Protocol):
     """A store that can tell whether anybody else uses it: one folder of one machine.
 

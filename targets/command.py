@@ -37,6 +37,15 @@ _PLUGIN = Path(__file__).resolve().parents[1] / "nbd_plugins" / "image.py"
 # Preferred and maximum request, in bytes. The minimum is the volume's logical sector size: clients
 # take it for theirs. Requests that do not keep to it are served all the same.
 _LIMITS = ("blocksize-preferred=4096", "blocksize-maximum=32M", "blocksize-error-policy=allow")
+# what AWS's tools read: a store in S3 is opened inside the server
+_STORE_ENV = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME", "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_EC2_METADATA_DISABLED", "AWS_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +138,15 @@ def _composed(request: ExportRequest) -> _Plugin:
     _write_source(path, request)
     return _Plugin(
         argv=("python", str(_PLUGIN), f"source={path}"),
-        env={"PYTHONPATH": _python_path()},
+        env={"PYTHONPATH": _python_path(), **_store_environment(request)},
     )
+
+
+def _store_environment(request: ExportRequest) -> dict[str, str]:
+    """Where a store's credentials are found, if by the environment: as ours, never as arguments."""
+    if not isinstance(request.source, BackupSource):
+        return {}
+    return {name: os.environ[name] for name in _STORE_ENV if name in os.environ}
 
 
 def unix_uri(path: Path) -> str:

@@ -15,6 +15,9 @@ from offload.storespec import KeySource, StoreSpec
 Span = Annotated[float, BeforeValidator(seconds), Field(ge=0)]  # seconds, or "14d"
 
 
+_ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")  # of storage classes: hours before a read
+
+
 class KeepConfig(Model):
     """`[stores.NAME.keep]`: which backups `prune` keeps, per group."""
 
@@ -91,6 +94,11 @@ class DiskStoreConfig(_StoreBase):
         Watermark.parse(value)
         return value
 
+    @property
+    def folder(self) -> Path | None:
+        """What it fills on this machine."""
+        return self.path
+
     def spec(self) -> StoreSpec:
         """How it is opened."""
         return self._spec(str(self.path), {})
@@ -114,6 +122,7 @@ class S3StoreConfig(_StoreBase):
     kms_key: str | None = None
     bandwidth: str | None = None  # bytes a second, e.g. "50MiB"; each way
     parallel: int = Field(default=8, ge=1, le=64)  # requests at once
+    retry_for: Span = 300.0  # a server that fails or throttles is asked again for so long
 
     @field_validator("credentials_file", "ca_file")
     @classmethod
@@ -138,14 +147,34 @@ class S3StoreConfig(_StoreBase):
     @field_validator("bandwidth")
     @classmethod
     def _bandwidth(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value)
+        if value is not None and parse_size(value) < 1:
+            raise ValueError("must be at least one byte a second; without a limit, leave it out")
         return value
+
+    @field_validator("storage_class")
+    @classmethod
+    def _storage_class(cls, value: str | None) -> str | None:
+        if value in _ARCHIVES:
+            raise ValueError(f"{value} cannot be read at once; a store must be readable")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> S3StoreConfig:
+        if self.kms_key is not None and self.server_side_encryption != "aws:kms":
+            raise ValueError('kms_key goes with server_side_encryption = "aws:kms"')
+        if self.ca_file is not None and not (self.endpoint or "https://").startswith("https://"):
+            raise ValueError("ca_file goes with an https:// endpoint")
+        return self
 
     @property
     def min_free(self) -> str:
         """Nothing to watch: a bucket has no end."""
         return "0"
+
+    @property
+    def folder(self) -> Path | None:
+        """Nothing of this machine."""
+        return None
 
     def spec(self) -> StoreSpec:
         """How it is opened."""
@@ -155,10 +184,11 @@ class S3StoreConfig(_StoreBase):
         )  # fmt: skip
         options = {n: str(getattr(self, n)) for n in names if getattr(self, n) is not None}
         options["parallel"] = str(self.parallel)
+        options["retry_for"] = f"{self.retry_for:g}"
         if self.path_style:
             options["path_style"] = "yes"
         place = f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
         return self._spec(f"s3://{place}", options)
 
 
-StoreConfig = DiskStoreConfig
+StoreConfig = Annotated[DiskStoreConfig | S3StoreConfig, Field(discriminator="kind")]

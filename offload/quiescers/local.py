@@ -122,7 +122,8 @@ class LocalQuiescer:
             yield "this program", Path(program)
         yield "this program's working folder", Path("/proc/self/cwd")
         for name, store in config.stores.items():
-            yield f"the store {name}", store.path
+            if store.folder is not None:
+                yield f"the store {name}", store.folder
         for name in self._group_volumes:
             volume = config.volume(name)
             if not volume.path.is_block_device():

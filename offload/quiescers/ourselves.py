@@ -180,7 +180,8 @@ def _paths(instance: Instance) -> Iterator[tuple[str, Path]]:
     if instance.config_path is not None:
         yield "the configuration", instance.config_path
     for name, store in config.stores.items():
-        yield f"the store {name}", store.path
+        if store.folder is not None:
+            yield f"the store {name}", store.folder
     for name in config.volumes:
         volume = config.volume(name)
         yield f"the volume {name}", volume.path

@@ -21,6 +21,8 @@ from offload.procs import has_capability
 from offload.quantity import Watermark, show_size
 from offload.services.volumes import VolumeReport, look_at_all
 
+_SKEW_S = 60.0  # servers of S3 refuse requests from 15 minutes on
+
 _CAP_SYS_ADMIN = 21  # linux/capability.h; FIFREEZE and mounts need it
 _FILTERS = ("blocksize-policy",)
 _PLUGINS = {"file": "nbdkit", "nbd": "nbdkit", "python": "nbdkit-plugin-python"}  # → package
@@ -374,15 +376,24 @@ def _store(name: str, entry: StoreConfig) -> Check:
                 return Check(
                     name=label,
                     status=Status.LIMITED,
-                    detail=f"{entry.path} is not initialised",
+                    detail=f"{store.url} is not initialised",
                     fix=f"offload store init {name}",
                     required=True,
                 )
             layout.decode_parameters(store.get(layout.STORE_OBJECT), store.url)
             space = store.space_bytes()
+            skew_s = (store.now() - datetime.now(UTC)).total_seconds()
     except OffloadError as error:
         return Check(
             name=label, status=Status.MISSING, detail=error.message, fix=error.hint, required=True
         )
     left = "" if space is None else f", {show_size(space[0])} free"
-    return Check(name=label, status=Status.OK, detail=f"{entry.path}{left}", required=True)
+    if abs(skew_s) > _SKEW_S:
+        return Check(
+            name=label,
+            status=Status.LIMITED,
+            detail=f"{store.url}{left}; its clock and this machine's are {abs(skew_s):.0f} s apart",
+            fix="set the clocks, e.g. with timedatectl set-ntp true",
+            required=True,
+        )
+    return Check(name=label, status=Status.OK, detail=f"{store.url}{left}", required=True)

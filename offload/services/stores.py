@@ -18,8 +18,7 @@ from offload.format.pack import read_footer
 from offload.ids import new_id
 from offload.model import Backup, BackupSource, ImageRecord
 from offload.services.context import Context
-from offload.store import Exclusive, Store
-from offload.stores.disk import DiskStore
+from offload.store import Exclusive, Store, Sweepable
 from offload.storespec import StoreSpec
 
 
@@ -107,7 +106,7 @@ def backup_source(ctx: Context, backup: Backup, image: ImageRecord) -> BackupSou
 
 def sweep_temporary(store: Store, part: str, *, min_age_s: float = 0.0) -> int:
     """Remove temporary objects of an unfinished writer, where the kind of store has such."""
-    return store.sweep(part, min_age_s=min_age_s) if isinstance(store, DiskStore) else 0
+    return store.sweep(part, min_age_s=min_age_s) if isinstance(store, Sweepable) else 0
 
 
 def remove_packs(store: Store, writer: str) -> None:

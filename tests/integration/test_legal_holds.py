@@ -75,7 +75,7 @@ def _backups(ctx: Context, count: int, *tags: str) -> list[str]:
 
 
 def _objects(ctx: Context) -> DiskStore:
-    return DiskStore(StoreSpec(url=str(ctx.instance.config.store("main").path)))
+    return DiskStore(ctx.instance.config.store("main").spec())
 
 
 def _killed(ctx: Context, tmp_path: Path, verb: str, ident: str, at: str) -> None:

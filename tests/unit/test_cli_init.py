@@ -14,7 +14,7 @@ from offload import init_template
 from offload.cli.main import run
 from offload.config import Config, GroupConfig, VolumeConfig, load_config
 from offload.configs.quiesce import LocalQuiesce
-from offload.configs.stores import StoreConfig
+from offload.configs.stores import DiskStoreConfig, S3StoreConfig
 
 
 def _uncommented(text: str) -> str:
@@ -37,7 +37,8 @@ def test_template_with_everything_switched_on_loads_and_names_every_key(tmp_path
     assert set(config.volumes) == {"shop-db", "shop-web", "shop-log"}
     assert len(config.groups["shop"].quiesce) == 2
     text = path.read_text()
-    for model in (Config, VolumeConfig, GroupConfig, StoreConfig, LocalQuiesce):
+    stores = (DiskStoreConfig, S3StoreConfig)
+    for model in (Config, VolumeConfig, GroupConfig, *stores, LocalQuiesce):
         for key in model.model_fields:
             if key not in {"passphrase", "qmp_socket"}:  # of stores and providers yet to come
                 assert re.search(rf"\b{key}\b", text), f"{model.__name__}.{key}"

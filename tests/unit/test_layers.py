@@ -147,8 +147,6 @@ def test_drivers_are_chosen_in_one_place() -> None:
 
 # Uses of one driver by name, each with its reason.
 KNOWN_DIRECT: dict[str, set[str]] = {
-    # temporary files of an unfinished writer are a matter of disk stores alone
-    "offload.services.stores": {"offload.stores.disk"},
 }
 
 
