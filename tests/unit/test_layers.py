@@ -146,8 +146,7 @@ def test_drivers_are_chosen_in_one_place() -> None:
 
 
 # Uses of one driver by name, each with its reason.
-KNOWN_DIRECT: dict[str, set[str]] = {
-}
+KNOWN_DIRECT: dict[str, set[str]] = {}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
