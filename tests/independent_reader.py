@@ -158,16 +158,28 @@ def chunk_of(store: Store, ids: list[bytes], length: int) -> bytearray:
     return out
 
 
+def newest_root(store: Store, backup: str, volume: str, root: str) -> str:
+    check(not (store.folder / "voids" / backup).exists(), f"backup {backup} was given up")
+    found = (0, root)
+    for path in (store.folder / "folds").glob("*"):
+        if not (store.folder / "voids" / path.name).exists():
+            fold = unseal(path, store.keys["mac"], f"folds/{path.name}")
+            new = fold["backups"].get(backup, {}).get(volume)
+            found = max(found, (fold["sequence"], new)) if new else found
+    return found[1]
+
+
 def restore(store: Store, backup: str, volume: str, output: Path) -> None:
     manifest = unseal(store.folder / "manifests" / backup, store.keys["mac"], f"manifests/{backup}")
     check(manifest["id"] == backup and manifest["version"] == 1, "manifest")
     image = next(i for i in manifest["images"] if i["volume"] == volume)
+    root = newest_root(store, backup, volume, image["root"])
     size, chunk = image["size_bytes"], store.about["chunk_bytes"]
     slots = -(-size // chunk)
     top = levels_of(slots, store.about["page_entries"]) - 1
     slot = 0
     with output.open("wb") as out:
-        for count, ids in leaves(store, bytes.fromhex(image["root"]), top):
+        for count, ids in leaves(store, bytes.fromhex(root), top):
             if ids is not None:
                 out.seek(slot * chunk)
                 out.write(chunk_of(store, ids, min(chunk, size - slot * chunk)))
