@@ -23,6 +23,8 @@ from offload.services.keymaker import HandOver, KeyMaker
 from offload.store import Store
 
 _FOLDERS = (layout.PACKS, layout.INDEXES, layout.MANIFESTS, layout.KEYS)
+# what may be in an empty store's folder; our own folders are looked into
+_NOT_TAKEN = ("lost+found", "tmp", "lock", *(folder.rstrip("/") for folder in _FOLDERS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ def init(ctx: Context, name: str, options: InitOptions | None = None) -> stores.
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        taken = [p.name for p in path.iterdir() if p.name not in ("lost+found", "tmp", "lock")]
+        taken = [p.name for p in path.iterdir() if p.name not in _NOT_TAKEN]
     except OSError as error:
         raise UnavailableError(
             f"cannot make the store folder {path}: {error.strerror}", code="store-unavailable"
