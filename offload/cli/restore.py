@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         "offload restore --abandon --to /srv/restore/shop-db.raw",
     ],
 )
-@click.argument("what", metavar="BACKUP", required=False, shell_complete=complete.backups)
+@click.argument("what", metavar="[BACKUP]", required=False, shell_complete=complete.backups)
 @click.option(
     "--to",
     required=True,

@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 
+from offload import instance
 from offload.cli.main import run as offload
 
 MIB = 1 << 20
@@ -55,7 +56,12 @@ class Lost:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Machine]:
+def machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Machine]:
+    # A configuration that `init` wrote names no runtime folder.
+    monkeypatch.setattr(instance, "_runtime_base", lambda _: tmp_path / "run")
+
     def make(name: str) -> Machine:
         folder = tmp_path / name
         folder.mkdir()
