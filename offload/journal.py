@@ -17,7 +17,8 @@ that recovery finishes it. What a crash leaves:
 | commit: file unlinked | the change, complete | nothing |
 
 Steps have names (`mount.server.intended`, `mount.server.done` …): tests kill the process at each
-(`OFFLOAD_CRASH_AT`), and list them (`OFFLOAD_STEP_TRACE`).
+(`OFFLOAD_CRASH_AT`), stop it there until it gets SIGCONT (`OFFLOAD_STALL_AT`), and list them
+(`OFFLOAD_STEP_TRACE`).
 """
 
 from __future__ import annotations
@@ -50,17 +51,20 @@ Undo = Callable[[str, Args], None]
 _UNBORN_AGE_S = 60.0
 
 CRASH_ENV = "OFFLOAD_CRASH_AT"
+STALL_ENV = "OFFLOAD_STALL_AT"
 TRACE_ENV = "OFFLOAD_STEP_TRACE"
 
 
 def step(name: str) -> None:
-    """A named place at which the process may die: in tests it does."""
+    """A named place at which the process may die, or stand still: in tests it does."""
     trace = os.environ.get(TRACE_ENV)
     if trace:
         with open(trace, "a", encoding="utf-8") as out:
             out.write(name + "\n")
     if os.environ.get(CRASH_ENV) == name:
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get(STALL_ENV) == name:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,8 +76,14 @@ class KeyConfig(Model):
 class _StoreBase(Model):
     keep: KeepConfig | None = None
     key: KeyConfig | None = None  # none: not encrypted
+    # A backup, mount or prune that gives no sign of life for so long is given up by a prune. It is
+    # renewed four times in that span: minutes at least, or a network that hangs costs backups.
+    pin_lifetime: Span = Field(default=3600.0, ge=1)
+    grace: Span | None = None  # between saying that a pack goes and deleting it; see reference
 
     def _spec(self, url: str, options: dict[str, str]) -> StoreSpec:
+        if self.pin_lifetime != type(self).model_fields["pin_lifetime"].default:
+            options = {**options, "pin_lifetime": f"{self.pin_lifetime:g}"}
         return StoreSpec(url=url, options=options, key=self.key.source() if self.key else None)
 
 
@@ -87,6 +93,7 @@ class DiskStoreConfig(_StoreBase):
     kind: Literal["disk"]
     path: Path
     min_free: str = "1GiB"  # a backup stops cleanly before the store's file system is fuller
+    shared: bool = False  # other hosts use the folder too: its lock says nothing of them
 
     @field_validator("min_free")
     @classmethod
@@ -101,7 +108,7 @@ class DiskStoreConfig(_StoreBase):
 
     def spec(self) -> StoreSpec:
         """How it is opened."""
-        return self._spec(str(self.path), {})
+        return self._spec(str(self.path), {"shared": "yes"} if self.shared else {})
 
 
 class S3StoreConfig(_StoreBase):

@@ -68,6 +68,11 @@ def read_tombstones(
     return found
 
 
+def packs_of(tombstones: Iterable[Tombstone]) -> frozenset[str]:
+    """All packs that any of them names."""
+    return frozenset[str]().union(*(t.packs for t in tombstones))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sight:
     """A store as a writer may rely on it: packs that are there and stay, with their sizes."""
@@ -78,7 +83,7 @@ class Sight:
     @property
     def dead(self) -> frozenset[str]:
         """Packs that will go."""
-        return frozenset().union(*(t.packs for t in self.tombstones.values()))
+        return packs_of(self.tombstones.values())
 
     @property
     def reliable(self) -> frozenset[str]:

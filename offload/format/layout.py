@@ -35,6 +35,11 @@ def pack_name(writer: str, number: int) -> str:
     return f"{PACKS}{writer[:2]}/{writer}-{number:06d}"
 
 
+def pack_writer(pack: str) -> str:
+    """The writer whose pack this is."""
+    return pack.rpartition("/")[2].rpartition("-")[0]
+
+
 def index_name(writer: str) -> str:
     """The index object of one writer."""
     return f"{INDEXES}{writer}"

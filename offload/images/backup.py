@@ -5,28 +5,26 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from offload import compose
+from offload.engine.pins import pinned_manifest
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
 from offload.errors import NotFoundError
-from offload.format import layout
-from offload.format.manifest import decode_manifest
 from offload.model import BackupSource
 from offload.store import Exclusive
 
 
 class BackupImage(StoredImage):
-    """A `StoredImage` that owns its repository and holds the store against prune while open."""
+    """A `StoredImage` that owns its repository; a pin keeps what it reads while it is open."""
 
     def __init__(self, source: BackupSource) -> None:
         with ExitStack() as stack:
             store = compose.open_store(source.store)
             stack.callback(store.close)
-            if isinstance(store, Exclusive):
+            if isinstance(store, Exclusive) and store.exclusion_is_sound():
                 stack.enter_context(store.lock(exclusive=False, wait_s=10))
             repository = Repository.open(store, source.cache_dir)
             stack.callback(repository.close)
-            name = layout.manifest_name(source.backup)
-            manifest = decode_manifest(name, store.get(name), repository.keys, "")
+            manifest, _ = stack.enter_context(pinned_manifest(repository, source.backup))
             record = manifest.backup.image(source.volume)
             if record is None:
                 raise NotFoundError(

@@ -7,11 +7,15 @@ The commit point is the manifest. What a crash leaves at each step:
 | while packs are written | packs and temporary files that bear the backup's id | removed |
 | after packs, before the index object | the same | removed |
 | after the index object | the same, and the index object | stay: see below |
-| after the manifest | a finished backup | kept, and entered in the catalog |
+| after the manifest | a finished backup | kept, and entered in the catalog; see below |
+
+A pin says in the store that the backup is being written (`offload/engine/writing.py`); it is there
+from before all of this to after it, and recovery removes it last. A backup that a prune has given
+up meanwhile is taken back by its writer, or by recovery.
 
 Once the index object is out, other writers find the chunks it names and build on them, so that
-their finished backups may need packs of one that never finished. Only prune, which has the store
-for itself and marks what is in use, may tell; until then they cost space and nothing else.
+their finished backups may need packs of one that never finished. Only prune, which marks what is in
+use, may tell; until then they cost space and nothing else.
 """
 
 from __future__ import annotations
@@ -20,18 +24,20 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from offload import __version__, compose
 from offload.catalog.store import Catalog
+from offload.engine.fences import look_for_fences
 from offload.engine.packwriter import PackWriter
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.engine.trust import sample_unchanged
 from offload.engine.writeimage import Counts, Job, write_image
-from offload.errors import BusyError, NotFoundError, OffloadError, UsageError
+from offload.engine.writing import REFERENCES_LOST, writing
+from offload.errors import BusyError, NotFoundError, OffloadError, UnavailableError, UsageError
 from offload.extents import Ranges, total
 from offload.format import layout
 from offload.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_hash
@@ -127,10 +133,9 @@ def backup(
     with ExitStack() as stack:
         op = stack.enter_context(ctx.journal.operation("backup", what))
         repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
-        run = _Run(ctx, op, repository, name, progress or NoProgress())
         mark: TimeMark | None = None
         # Undone last: once the parent links have moved, those that were parents go.
-        op.intend("parents", "delete-unused", {"ids": dump(run.parent_timemarks())})
+        op.intend("parents", "delete-unused", {"ids": dump(_parents_in(ctx, name))})
         if origin.kind is OriginKind.GROUP:
             fresh = new_id()
             op.intend("timemark", "delete-unused", {"ids": dump([fresh])})
@@ -141,21 +146,24 @@ def backup(
             mark = ctx.catalog.timemark(origin.id)
         if mark is not None:
             stack.enter_context(hold_timemark(ctx.instance, mark.id))
-        op.intend(
-            "store", "abort-backup",
-            {"store": repository.store.spec.text(), "name": name, "backup": run.id},
-        )  # fmt: skip
         with ExitStack() as images:  # closed before the old parent goes: some share its file
             inputs = list(_inputs(ctx, origin, mark, images))
-            done = run.write(inputs, _description(ctx, origin, mark), tags)
+            run = _Run(ctx, op, repository, name, progress or NoProgress())
+            done = run.write(inputs, replace(_description(ctx, origin, mark), tags=tuple(tags)))
         ctx.catalog.add_backup(done)
         op.done("catalog")
-        old = run.parent_timemarks()
+        old = _parents_in(ctx, name)
         run.link_parents(inputs, mark)
         step("backup.parents.linked")
         for gone in old:
             timemark.delete_if_unused(ctx, gone)
     return run.report(done, time.monotonic() - began, mark is not None)
+
+
+def _parents_in(ctx: Context, store: str) -> list[str]:
+    """TimeMarks that are parents in a store now."""
+    links = ctx.catalog.parents()
+    return list(dict.fromkeys(link.timemark for link in links if link.store == store))
 
 
 def _choose_store(ctx: Context, origin: Origin, store: str | None) -> str:
@@ -200,6 +208,7 @@ class _Description:
     consistency: Consistency
     instant: Instant
     report: Mapping[str, object]
+    tags: tuple[str, ...] = ()
 
 
 def _description(ctx: Context, origin: Origin, mark: TimeMark | None) -> _Description:
@@ -233,19 +242,45 @@ class _Run:
         self.repository = repository
         self.store = store
         self.progress = progress
+        self._begin()
+
+    def _begin(self) -> None:
         self.id = BackupId(new_id())
         self.reports: list[ImageReport] = []
         self.records: list[ImageRecord] = []
         self.parent: str | None = None
         self.stored_bytes = 0
 
-    def write(self, inputs: Sequence[_Input], what: _Description, tags: Sequence[str]) -> Backup:
-        """Write all images, then the index object, then the manifest."""
+    def write(self, inputs: Sequence[_Input], what: _Description) -> Backup:
+        """Write it, and once again under a new id if packs went that it had built on."""
+        try:
+            return self._write_once("store", inputs, what)
+        except UnavailableError as error:
+            if error.code != REFERENCES_LOST:
+                raise
+            self.progress.message(f"{error.message}; it is made again")
+        undo_backup(self.ctx.instance, self.ctx.catalog, self._undo)
+        self._begin()
+        return self._write_once("store-again", inputs, what)
+
+    @property
+    def _undo(self) -> dict[str, str]:
+        spec = self.repository.store.spec.text()
+        return {"store": spec, "name": self.store, "backup": self.id}
+
+    def _write_once(self, name: str, inputs: Sequence[_Input], what: _Description) -> Backup:
+        self.op.intend(name, "abort-backup", self._undo)
+        with writing(self.repository, self.id) as self.writing:
+            return self._write_all(inputs, what)
+
+    def _write_all(self, inputs: Sequence[_Input], what: _Description) -> Backup:
+        """Write all images, then the index object, then the manifest; then see that it stands."""
         free = Watermark.parse(self.ctx.instance.config.store(self.store).min_free)
         with PackWriter(self.repository, self.id, min_free=free) as writer:
             for entry in inputs:
                 self._image(entry, writer)
             step("backup.images.written")
+            self.writing.pin.look()  # not to make others build on what counts as never made
             writer.finish()
         self.stored_bytes = writer.stored_bytes
         done = Backup(
@@ -261,7 +296,7 @@ class _Run:
             parent=self.parent,
             host=os.uname().nodename,
             alarms=tuple(r.alarm for r in self.reports if r.alarm),
-            tags=tuple(sorted(set(tags))),
+            tags=tuple(sorted(set(what.tags))),
         )
         manifest = Manifest(
             backup=done,
@@ -274,6 +309,8 @@ class _Run:
         raw = encode_manifest(manifest, self.repository.keys)
         self.repository.store.put(layout.manifest_name(self.id), [raw])
         step("backup.manifest.written")
+        self.writing.confirm(writer.packs)
+        step("backup.confirmed")
         return done
 
     def _image(self, entry: _Input, writer: PackWriter) -> None:
@@ -327,11 +364,15 @@ class _Run:
                 shape=self.repository.shape(entry.image.size_bytes),
                 parent=parent.tree,
                 changed=parent.changed,
-                advance=lambda count: self.progress.advance(entry.volume, count),
+                advance=lambda count: self._advance(entry.volume, count),
             )
             return write_image(job, writer)
         finally:
             self.progress.finish(entry.volume)
+
+    def _advance(self, volume: str, count: int) -> None:
+        self.writing.pin.check()
+        self.progress.advance(volume, count)
 
     def _expected(self, image: Image, changed: Ranges | None) -> int | None:
         """The bytes that will be looked at; what nobody sees is not worth listing all extents."""
@@ -386,13 +427,8 @@ class _Run:
         return None
 
     def _backup_of(self, backup_id: str) -> Backup | None:
-        """A backup as its manifest says, or None where the store has it no longer."""
-        name = layout.manifest_name(backup_id)
-        try:
-            raw = self.repository.store.get(name)
-        except NotFoundError:
-            return None
-        return decode_manifest(name, raw, self.repository.keys, self.store).backup
+        """A backup as the store has it, pinned, or None where it has it no longer."""
+        return self.writing.parent(backup_id, self.store)
 
     def _parent_snapshot(
         self, mark: str | None, entry: _Input, stack: ExitStack
@@ -409,11 +445,6 @@ class _Run:
             return None
         provider = compose.snapshot_provider(older.provider, self.ctx.instance.id)
         return older if provider.exists(dict(older.ref)) else None
-
-    def parent_timemarks(self) -> list[str]:
-        """TimeMarks that are parents in this store now."""
-        links = self.ctx.catalog.parents()
-        return list(dict.fromkeys(link.timemark for link in links if link.store == self.store))
 
     def link_parents(self, inputs: Sequence[_Input], mark: TimeMark | None) -> None:
         """Make this the parent of the next incremental."""
@@ -478,21 +509,18 @@ def undo_changed(instance: Instance, catalog: Catalog, args: Mapping[str, str]) 
 
 
 def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    """Take back an unfinished backup; one whose manifest is out is kept and entered."""
+    """Take back an unfinished backup; one whose manifest is out is kept and entered, unless a prune
+    has given it up. Its pin goes last."""
     store = compose.open_store(args["store"])
     try:
         ident = args["backup"]
         name = layout.manifest_name(ident)
-        if store.exists(name):
-            repository = Repository.open(store, instance.cache_dir)
-            try:
+        if store.exists(name) and look_for_fences(store, ident):
+            store.delete(name)
+        with closing(Repository.open(store, instance.cache_dir)) as repository:
+            if store.exists(name):
                 done = decode_manifest(name, store.get(name), repository.keys, args["name"])
-            finally:
-                repository.index.close()
-            stores.adopt(catalog, [done.backup])
-            return
-        if not store.exists(layout.index_name(ident)):
-            stores.remove_packs(store, ident)
-        stores.sweep_temporary(store, ident)
+                stores.adopt(catalog, [done.backup])
+            stores.remove_unfinished(repository, ident)
     finally:
         store.close()

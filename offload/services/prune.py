@@ -1,53 +1,67 @@
-"""Prune: forget backups by rules, and free what no backup needs.
+"""Prune: forget backups by rules, and free what no backup needs, beside all who use the store.
 
-It takes the store for itself alone (an exclusive lock). Order and commit points:
+The protocol, and why it is safe: docs/design/store-protocol.md. Steps and what a crash leaves:
 
 | step | what a crash after it leaves |
 | --- | --- |
-| 1 manifests of the forgotten backups are deleted | their space: the next prune frees it |
-| 2 live chunks of half-empty packs are copied to new packs | packs no index names: removed |
-| 3 one new index object for everything live is written | old index objects say the same |
-| 4 the old index objects are deleted | the new one alone: correct |
-| 5 packs that the new index does not name are deleted | some of them: the next prune |
+| 1 a pin says that a prune is at work | the pin: recovery takes it away, or it expires |
+| 2 manifests of the forgotten backups are deleted | their space: the next prune frees it |
+| 3 live chunks of half-empty packs are copied to new packs | packs no index names: removed |
+| 4 an index object names the new packs | chunks at two places: the next prune drops one |
+| 5 a tombstone says which packs will go | the tombstone: the next prune goes on with it |
+| 6 index objects without these packs replace those with them | both: they say the same |
+| 7 the packs are deleted, then the tombstone | some of them: the next prune goes on |
 
-At no step does an index object name a pack that is gone. An unreadable manifest or page aborts
-before anything is deleted.
+An unreadable manifest, pin or page aborts before any pack is deleted.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from offload import compose
 from offload.catalog.store import Catalog
 from offload.configs.stores import KeepConfig
+from offload.engine.fences import sweep_fences
+from offload.engine.liveset import LiveSet
+from offload.engine.mark import Marker, Roots, find_roots, unsafe
+from offload.engine.packplan import PackPlan, copy_live, plan_packs
 from offload.engine.packwriter import PackWriter
+from offload.engine.pins import HeldPin, PinKind
 from offload.engine.repository import Repository
-from offload.engine.tree import walk_pages
-from offload.errors import IntegrityError, OffloadError
+from offload.engine.sweep import delete_packs, drop_from_index
+from offload.engine.tombstones import Sight, Tombstone, look, packs_of, put_tombstone
 from offload.format import layout
-from offload.format.pack import Entry, pack_bytes
 from offload.ids import new_id
 from offload.instance import Instance
-from offload.journal import step
-from offload.model import Backup
+from offload.journal import Operation, step
 from offload.progress import NoProgress, Progress
 from offload.retention import KeepRules, Verdict, judge
 from offload.services import backups as finished
-from offload.services import stores
+from offload.services import legalholds, stores
 from offload.services.context import Context
+from offload.services.prune_wait import (
+    OWN,
+    Waiting,
+    bury_the_dead,
+    due_tombstones,
+    give_way,
+    settle,
+)
 
-_REPACK_BELOW = 0.7  # a pack with less than this share of live bytes is copied
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneReport:
-    """What was (with `dry_run`: would be) forgotten and freed. Sizes in bytes."""
+    """What was (with `dry_run`: would be) forgotten and freed. Sizes in bytes.
+
+    `waiting`: what goes with a later prune, and what it waits for.
+    """
 
     store: str
     verdicts: tuple[Verdict, ...]
@@ -56,17 +70,7 @@ class PruneReport:
     packs_rewritten: int
     freed_bytes: int
     live_bytes: int
-
-
-@dataclass(slots=True)
-class _PackPlan:
-    """What becomes of the packs."""
-
-    keep: list[str]
-    rewrite: list[str]
-    drop: list[str]
-    live_bytes: int
-    freed_bytes: int
+    waiting: tuple[Waiting, ...] = ()
 
 
 def rules_of(config: KeepConfig | None) -> KeepRules:
@@ -81,6 +85,8 @@ def rules_of(config: KeepConfig | None) -> KeepRules:
         monthly=config.monthly,
         yearly=config.yearly,
         within_s=config.within,
+        tags=config.tags,
+        min_age_s=config.min_age,
     )
 
 
@@ -94,210 +100,253 @@ def prune(
 ) -> PruneReport:
     """Apply keep rules (the store's own unless given) and free space.
 
-    Raises BusyError (`store-busy`) while anything else uses the store, IntegrityError if a manifest
-    or a page cannot be read: then nothing is deleted.
+    Raises BusyError (`prune-running`) while another prune is at work in the store, IntegrityError
+    (`prune-unsafe`) if something cannot be read: then no pack is deleted.
     """
+    chosen = rules or rules_of(ctx.instance.config.store(store).keep)
     shown = progress or NoProgress()
-    with stores.opened(ctx, store, exclusive=not dry_run) as repository:
-        backups = _all_backups(ctx, repository, store)
-        chosen = rules or rules_of(ctx.instance.config.store(store).keep)
-        verdicts = judge(backups, chosen, datetime.now(UTC))
-        kept = [v.backup for v in verdicts if v.kept]
-        gone = [v.backup for v in verdicts if not v.kept]
-        for backup in gone:
-            finished.refuse_shown(ctx, backup.id)
-        with closing(_LiveSet()) as live:
-            _mark(repository, kept, live, shown)
-            plan = _plan(repository, live)
-            if not dry_run:
-                _apply(ctx, repository, gone, plan, live)
-    return PruneReport(
-        store=store,
-        verdicts=tuple(verdicts),
-        dry_run=dry_run,
-        packs_deleted=len(plan.drop),
-        packs_rewritten=len(plan.rewrite),
-        freed_bytes=plan.freed_bytes,
-        live_bytes=plan.live_bytes,
-    )
-
-
-def _all_backups(ctx: Context, repository: Repository, store: str) -> list[Backup]:
-    backups = []
-    for name, found in stores.manifests(repository, store):
-        if isinstance(found, OffloadError):
-            raise IntegrityError(
-                f"prune stopped, nothing was deleted: {name} cannot be read: {found.message}",
-                code="prune-unsafe",
-                hint="see: offload verify --all",
-            )
-        backups.append(found.backup)
-    lost = {b.id for b in ctx.catalog.backups(store=store)} - {b.id for b in backups}
-    if lost:
-        raise IntegrityError(
-            f"prune stopped, nothing was deleted: the store {store} lacks the manifests of "
-            f"{', '.join(sorted(lost))}, which the catalog knows",
-            code="prune-unsafe",
-            hint="bring them back; if they were deleted elsewhere: "
-            f"offload store check {store} --rebuild-catalog",
-        )
-    return sorted(backups, key=lambda b: (b.created_at, b.id))
-
-
-class _LiveSet:
-    """Ids of chunks in use, in a temporary SQLite file: memory stays bounded."""
-
-    def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)  # a temporary file, gone when closed
-        self._db.execute("CREATE TABLE live(id BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._db.execute("BEGIN")
-
-    def add(self, ids: Sequence[bytes]) -> None:
-        """Mark ids as in use."""
-        self._db.executemany("INSERT OR IGNORE INTO live VALUES (?)", ((i,) for i in ids))
-
-    def __contains__(self, ident: bytes) -> bool:
-        found = self._db.execute("SELECT 1 FROM live WHERE id = ?", (ident,)).fetchone()
-        return found is not None
-
-    def close(self) -> None:
-        """Drop it."""
-        self._db.close()
-
-
-def _mark(
-    repository: Repository, kept: Sequence[Backup], live: _LiveSet, progress: Progress
-) -> None:
-    """Everything reachable from the kept backups, each shared subtree once."""
-    seen: dict[tuple[int, int], set[bytes]] = defaultdict(set)
-    present = set(repository.store.list(layout.PACKS))
-    progress.start("marking", None)
-    for backup in kept:
-        for image in backup.images:
-            shape = repository.shape(image.size_bytes)
-            visited = seen[shape.levels, shape.slots]
-            for _, _, page, leaves in walk_pages(
-                repository, bytes.fromhex(image.root), shape, visited
+    alone = bury_the_dead(ctx, store, dry_run=dry_run)
+    with stores.opened(ctx, store, exclusive=False) as repository:
+        if dry_run:
+            with closing(LiveSet(repository.index)) as live:
+                return _Prune(ctx, repository, store, live, shown, alone=alone).rehearse(chosen)
+        ident = new_id()
+        with ctx.journal.operation("prune", repository.store.url) as op:
+            op.intend("packs", "abort-prune", _args(repository, ident))
+            with (
+                HeldPin(repository, PinKind.PRUNE, ident=ident) as pin,
+                closing(LiveSet(repository.index)) as live,
             ):
-                ids = [page]
-                for leaf in leaves:
-                    if leaf is not None:
-                        ids += (leaf.base, *leaf.deltas)
-                _require(repository, ids, backup, present)
-                live.add(ids)
-    progress.finish("marking")
+                step("prune.pinned")
+                run = _Prune(ctx, repository, store, live, shown, alone=alone)
+                report = run.run(chosen, op, pin)
+            op.done("packs")
+    return report
 
 
-def _require(
-    repository: Repository, ids: Sequence[bytes], backup: Backup, present: Set[str]
-) -> None:
-    wanted = list(dict.fromkeys(ids))
-    known = repository.index.find_many(wanted).values()
-    missing = len(wanted) - sum(1 for found in known if found.pack in present)
-    if missing:
-        raise IntegrityError(
-            f"prune stopped, nothing was deleted: backup {backup.id} lacks {missing} chunks",
-            code="prune-unsafe",
-            hint="see which ranges it hits: offload verify --all",
+def _args(repository: Repository, ident: str) -> dict[str, str]:
+    return {"store": repository.store.spec.text(), "backup": ident}
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What was swept and what waits: tombstones by their prunes. `packs` were there, with sizes."""
+
+    own: str
+    swept: frozenset[str]
+    waiting: Sequence[Waiting]
+    tombstones: Mapping[str, Tombstone]
+    packs: Mapping[str, int]
+
+
+class _Prune:
+    """One prune of one store."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        repository: Repository,
+        store: str,
+        live: LiveSet,
+        progress: Progress,
+        *,
+        alone: bool,
+    ) -> None:
+        self.ctx = ctx
+        self.repository = repository
+        self.store = store
+        self.live = live
+        self.marker = Marker(repository, live)
+        self.progress = progress
+        self.alone = alone
+        self.now = repository.store.now()
+        self.grace_s = stores.grace_of(ctx, store, repository.store)
+
+    def run(self, rules: KeepRules, op: Operation, pin: HeldPin) -> PruneReport:
+        """Do it all; see the table above."""
+        give_way(self.repository, pin.id, self.now)
+        seen = look(self.repository)
+        pin.seen(sorted(seen.tombstones))
+        self.repository.index.rely_on(seen.reliable)
+        roots = find_roots(self.repository, self.store)
+        roots = settle(self.repository, self.store, roots, pin.id, self.now)
+        verdicts = self._judge(roots, rules, note=True)
+        for number, gone in enumerate((v.backup for v in verdicts if not v.kept), 1):
+            finished.erase(self.ctx, op, gone, number)
+        for ident in roots.void:
+            self.repository.store.delete(layout.manifest_name(ident))
+        step("prune.forgotten")
+        # anew: what was forgotten may be pinned by now
+        plan, sight = self._plan(seen, find_roots(self.repository, self.store))
+        plan = self._copy(op, plan)
+        pin.look()
+        if plan.frees:
+            put_tombstone(self.repository, pin.id, plan.frees)
+            step("prune.tombstone.put")
+        swept, waiting, last = self._sweep(op, pin)
+        sweep_fences(self.repository.store, self.now)
+        tombstones = {**sight.tombstones, **last.tombstones}
+        outcome = _Outcome(pin.id, swept, waiting, tombstones, sight.packs)
+        return self._report(verdicts, plan, outcome)
+
+    def rehearse(self, rules: KeepRules) -> PruneReport:
+        """Say what `run` would do, and change nothing."""
+        seen = look(self.repository)
+        roots = find_roots(self.repository, self.store)
+        verdicts = self._judge(roots, rules, note=False)
+        gone = {v.backup.id for v in verdicts if not v.kept}
+        staying = tuple(b for b in roots.backups if b.id not in gone)
+        there = () if self.alone else [p for p in roots.pins if not p.expired(self.now)]
+        plan, sight = self._plan(seen, replace(roots, backups=staying, pins=tuple(there)))
+        tombstones = dict(sight.tombstones)
+        if plan.frees:
+            own = Tombstone(prune=OWN, host="", packs=frozenset(plan.frees), put_at=self.now)
+            tombstones[OWN] = own
+        due, waiting = due_tombstones(tombstones, there, self.now, self.grace_s)
+        outcome = _Outcome(OWN, due, waiting, tombstones, sight.packs)
+        return replace(self._report(verdicts, plan, outcome), dry_run=True)
+
+    # -- what stays ------------------------------------------------------------------------------
+
+    def _judge(self, roots: Roots, rules: KeepRules, *, note: bool) -> list[Verdict]:
+        """What the rules say; what is shown by a view stays all the same."""
+        self._miss_nothing(roots)
+        held = (
+            legalholds.note(self.ctx, self.store, self.repository)
+            if note
+            else legalholds.held(self.repository)
+        )
+        shown = finished.shown_by(self.ctx)
+        return [
+            replace(v, reasons=(f"shown by view {shown[v.backup.id]}",), missed=())
+            if not v.kept and v.backup.id in shown
+            else v
+            for v in judge(roots.backups, rules, datetime.now(UTC), held.keys())
+        ]
+
+    def _miss_nothing(self, roots: Roots) -> None:
+        known = {b.id for b in self.ctx.catalog.backups(store=self.store)}
+        lost = known - {b.id for b in roots.backups} - set(roots.void)
+        if lost:
+            raise unsafe(
+                f"the store {self.store} lacks the manifests of {', '.join(sorted(lost))}, which "
+                "the catalog knows",
+                "bring them back; if they were deleted elsewhere: "
+                f"offload store check {self.store} --rebuild-catalog",
+            )
+
+    def _mark(self, roots: Roots) -> None:
+        self.progress.start("marking", None)
+        self.marker.mark(roots.backups, roots.pins)
+        self.progress.finish("marking")
+
+    # -- what goes -------------------------------------------------------------------------------
+
+    def _plan(self, seen: Sight, roots: Roots) -> tuple[PackPlan, Sight]:
+        """Plan for the packs that were there when this began, but for those of running writers."""
+        self._mark(roots)
+        sight = look(self.repository, seen.tombstones)  # the index knows all that is marked now
+        dead = sight.dead & sight.packs.keys()
+        self._choose(sight.reliable, dead)
+        packs = {p: size for p, size in sight.packs.items() if p in seen.packs and p not in dead}
+        busy = {p for p in packs if layout.pack_writer(p) in roots.writers}
+        plan = plan_packs(self.repository, self.live, packs, untouched=busy)
+        # what is in a pack that stays need not be copied
+        self._choose(sight.reliable - plan.frees.keys(), dead | plan.rewrite.keys())
+        return plan, sight
+
+    def _choose(self, usable: frozenset[str], last: frozenset[str]) -> None:
+        missing = self.live.choose(usable, last)
+        if missing:
+            raise unsafe(
+                f"{missing} chunks that are in use are missing from the store {self.store}",
+                "see which backups and ranges it hits: offload verify --all",
+            )
+
+    def _copy(self, op: Operation, plan: PackPlan) -> PackPlan:
+        """Copy what is in use of the packs to be rewritten; those that cannot be read stay."""
+        if not plan.rewrite:
+            return plan
+        failed = self._copy_out(op, "copies", frozenset(plan.rewrite))
+        for pack, why in failed.items():
+            log.warning("%s stays as it is: %s", pack, why)
+        return replace(
+            plan,
+            keep=[*plan.keep, *failed],
+            rewrite={p: n for p, n in plan.rewrite.items() if p not in failed},
         )
 
+    def _copy_out(self, op: Operation, name: str, packs: frozenset[str]) -> dict[str, str]:
+        """Copy what is in use of some packs to new ones, of a writer id of their own."""
+        ident = new_id()
+        op.intend(name, "abort-prune", _args(self.repository, ident))
+        with (
+            HeldPin(self.repository, PinKind.PRUNE, ident=ident),
+            PackWriter(self.repository, ident) as writer,
+        ):
+            failed = copy_live(self.repository, writer, self.live, packs)
+            writer.finish()
+        step("prune.packs.copied")
+        op.done(name)
+        return failed
 
-def _plan(repository: Repository, live: _LiveSet) -> _PackPlan:
-    """Which packs stay, are rewritten, or go. Only the copy that the index names counts as used."""
-    plan = _PackPlan([], [], [], 0, 0)
-    for name in repository.store.list(layout.PACKS):
-        size = repository.store.size(name)
-        entries = _live_in(repository, name, live)
-        # what a pack of just these would take: a small pack is all frame, and must not be
-        # rewritten for that, again and again
-        used = pack_bytes(entries)
-        if not entries:
-            plan.drop.append(name)
-            plan.freed_bytes += size
-            continue
-        plan.live_bytes += used
-        if used < size * _REPACK_BELOW:
-            plan.rewrite.append(name)
-            plan.freed_bytes += size - used
+    def _sweep(self, op: Operation, pin: HeldPin) -> tuple[frozenset[str], list[Waiting], Sight]:
+        """Delete the packs whose time has come; returns their tombstones, and what waits."""
+        sight = look(self.repository)
+        roots = find_roots(self.repository, self.store)  # pins: after all tombstones are out
+        others = [p for p in roots.pins if p.id != pin.id]
+        now = self.repository.store.now()
+        due, waiting = due_tombstones(sight.tombstones, others, now, self.grace_s)
+        if due:
+            self._mark(roots)
+            last = look(self.repository, sight.tombstones)
+            self._rescue(op, last)
+            doomed = packs_of(sight.tombstones[prune] for prune in due)
+            vanished = set(self.repository.index.packs()) - last.packs.keys()
+            step("prune.sweep.before")
+            drop_from_index(self.repository, doomed | vanished, roots.writers)
+            delete_packs(self.repository, doomed & last.packs.keys(), due)
         else:
-            plan.keep.append(name)
-    return plan
+            drop_from_index(self.repository, frozenset(), roots.writers)
+        return due, waiting, sight
 
+    def _rescue(self, op: Operation, sight: Sight) -> None:
+        """Copy out of dead packs what is in use after all: what is dead stays dead."""
+        dead = sight.dead & sight.packs.keys()
+        self._choose(sight.reliable, dead)
+        needed = frozenset(dead & self.live.used().keys())
+        if not needed:
+            return
+        failed = self._copy_out(op, "rescue", needed)
+        if failed:
+            raise unsafe(
+                f"chunks in use cannot be copied: {'; '.join(sorted(failed.values()))}",
+                "see which backups it hits: offload verify --all",
+            )
 
-def _live_in(repository: Repository, pack: str, live: _LiveSet) -> list[Entry]:
-    """Chunks of a pack that are in use and that the index reads from this pack.
-
-    Never by what the pack says of itself: with a damaged footer that may be too little.
-    """
-    return [entry for entry in repository.index.entries(pack) if entry.id in live]
-
-
-def _apply(
-    ctx: Context,
-    repository: Repository,
-    gone: Sequence[Backup],
-    plan: _PackPlan,
-    live: _LiveSet,
-) -> None:
-    writer_id = new_id()
-    args = {"store": repository.store.spec.text(), "backup": writer_id}
-    with ctx.journal.operation("prune", repository.store.url) as op:
-        op.intend("packs", "abort-prune", args)
-        for number, backup in enumerate(gone, 1):
-            finished.erase(ctx, op, backup, number)
-        if plan.drop or plan.rewrite:
-            _free(repository, writer_id, plan, live)
-        stores.sweep_temporary(repository.store, "")
-        op.done("packs")
-
-
-def _free(repository: Repository, writer_id: str, plan: _PackPlan, live: _LiveSet) -> None:
-    old_indexes = list(repository.store.list(layout.INDEXES))
-    packs = dict(_kept_entries(repository, plan.keep, live))
-    packs.update(_rewrite(repository, writer_id, plan.rewrite, live))
-    step("prune.packs.copied")
-    name = layout.index_name(writer_id)
-    repository.put_index(name, packs)
-    step("prune.index.written")
-    for old in old_indexes:
-        repository.store.delete(old)
-    step("prune.indexes.deleted")
-    for pack in (*plan.drop, *plan.rewrite):
-        repository.store.delete(pack)
-        step("prune.pack.deleted")
-    repository.refresh()
-
-
-def _kept_entries(
-    repository: Repository, keep: Sequence[str], live: _LiveSet
-) -> Iterator[tuple[str, list[Entry]]]:
-    """What of the packs that stay is in use: the rest must not be found any more, since a later
-    prune may drop it."""
-    for pack in keep:
-        yield pack, _live_in(repository, pack, live)
-
-
-def _rewrite(
-    repository: Repository, writer_id: str, packs: Sequence[str], live: _LiveSet
-) -> dict[str, list[Entry]]:
-    """Copy live chunks as they are compressed; the writer checks each, and encrypts it anew."""
-    with PackWriter(repository, writer_id) as writer:
-        for pack in packs:
-            for entry in _live_in(repository, pack, live):
-                stored = repository.store.get_range(pack, entry.payload_offset, entry.stored_length)
-                payload = repository.payload(entry, stored, pack)
-                writer.append(entry.id, entry.kind, entry.encoding, entry.raw_length, payload)
-        return writer.flush()
+    def _report(self, verdicts: list[Verdict], plan: PackPlan, outcome: _Outcome) -> PruneReport:
+        own = outcome.own in outcome.swept
+        old = packs_of(outcome.tombstones[t] for t in outcome.swept if t != outcome.own)
+        sizes = outcome.packs
+        freed = sum(sizes.get(p, 0) for p in old)
+        return PruneReport(
+            store=self.store,
+            verdicts=tuple(verdicts),
+            dry_run=False,
+            packs_deleted=len(old & sizes.keys()) + (len(plan.drop) if own else 0),
+            packs_rewritten=len(plan.rewrite),
+            freed_bytes=freed + (sum(plan.frees.values()) if own else 0),
+            live_bytes=plan.live_bytes,
+            waiting=tuple(
+                w.sized(sizes, outcome.tombstones[w.prune].packs, plan.frees)
+                for w in outcome.waiting
+            ),
+        )
 
 
 def undo_prune(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """After a crash: nothing has to be taken back once the new index object is out (its packs are
-    in use); before, the copies are removed. Either way the next prune frees the rest."""
+    """After a crash: once an index object names the copies they are in use and stay; before, they
+    are removed. What has a tombstone is the next prune's. The pin goes last."""
     store = compose.open_store(args["store"])
-    try:
-        ident = args["backup"]
-        if not store.exists(layout.index_name(ident)):
-            stores.remove_packs(store, ident)
-        stores.sweep_temporary(store, ident)
-    finally:
-        store.close()
+    with closing(Repository.open(store, instance.cache_dir)) as repository:
+        stores.remove_unfinished(repository, args["backup"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from offload import compose
 from offload.catalog.store import Catalog
+from offload.engine.pins import drop_pin
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.errors import IntegrityError, NotFoundError, OffloadError, UnavailableError
@@ -20,6 +21,8 @@ from offload.model import Backup, BackupSource, ImageRecord
 from offload.services.context import Context
 from offload.store import Exclusive, Store, Sweepable
 from offload.storespec import StoreSpec
+
+_GRACE_S = 3600.0  # a store that nobody can hold alone: whoever overlooked a pin has an hour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +69,11 @@ def spec_of(ctx: Context, name: str) -> StoreSpec:
 def opened(
     ctx: Context, name: str, *, exclusive: bool, wait_s: float = 5.0
 ) -> Iterator[Repository]:
-    """A configured store, opened and locked against prune (shared) or everybody (exclusive)."""
+    """A configured store, opened and held with others (shared) or against them (exclusive), where
+    it can be held. What must stay while it is used needs a pin (`offload.engine.pins`)."""
     store = compose.open_store(spec_of(ctx, name))
     try:
-        store.space_bytes()  # a missing folder is reported before a lock file is tried
-        if not store.exists(layout.STORE_OBJECT):
-            raise UnavailableError(
-                f"the store {name} ({store.url}) is not initialised",
-                code="store-not-initialised",
-                hint=f"make it with: offload store init {name}",
-            )
+        require_initialised(store, name)
         with _held(store, exclusive=exclusive, wait_s=wait_s):
             repository = Repository.open(store, ctx.instance.cache_dir)
             try:
@@ -86,10 +84,30 @@ def opened(
         store.close()
 
 
+def require_initialised(store: Store, name: str) -> None:
+    """UnavailableError (`store-unavailable`, `store-not-initialised`) if there is no store."""
+    store.space_bytes()  # a missing folder is reported before a lock file is tried
+    if not store.exists(layout.STORE_OBJECT):
+        raise UnavailableError(
+            f"the store {name} ({store.url}) is not initialised",
+            code="store-not-initialised",
+            hint=f"make it with: offload store init {name}",
+        )
+
+
 def _held(store: Store, *, exclusive: bool, wait_s: float) -> AbstractContextManager[None]:
-    if isinstance(store, Exclusive):
+    if isinstance(store, Exclusive) and store.exclusion_is_sound():
         return store.lock(exclusive=exclusive, wait_s=wait_s)
-    return nullcontext()
+    return nullcontext()  # pins alone say who is there
+
+
+def grace_of(ctx: Context, name: str, store: Store) -> float:
+    """How long a tombstone stands before its packs go, in seconds."""
+    given = ctx.instance.config.store(name).grace
+    if given is not None:
+        return given
+    alone = isinstance(store, Exclusive) and store.exclusion_is_sound()
+    return 0.0 if alone else _GRACE_S
 
 
 def backup_source(ctx: Context, backup: Backup, image: ImageRecord) -> BackupSource:
@@ -107,6 +125,19 @@ def backup_source(ctx: Context, backup: Backup, image: ImageRecord) -> BackupSou
 def sweep_temporary(store: Store, part: str, *, min_age_s: float = 0.0) -> int:
     """Remove temporary objects of an unfinished writer, where the kind of store has such."""
     return store.sweep(part, min_age_s=min_age_s) if isinstance(store, Sweepable) else 0
+
+
+def remove_unfinished(repository: Repository, writer: str) -> None:
+    """Delete what a dead writer left, its pin last. Idempotent.
+
+    Once its index object is out, others may build on its packs: these are prune's then. The object
+    may have been merged into another meanwhile, so that all are asked.
+    """
+    store = repository.store
+    if not any(layout.pack_writer(pack) == writer for pack in repository.index.packs()):
+        remove_packs(store, writer)
+    sweep_temporary(store, writer)
+    drop_pin(store, writer)
 
 
 def remove_packs(store: Store, writer: str) -> None:

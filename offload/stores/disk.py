@@ -40,6 +40,7 @@ TMP = "tmp"
 # where flock is seen by all that can see the folder, and goes only with its process
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "overlay")
 _LOCK = "lock"
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class _Descriptor:
@@ -79,7 +80,7 @@ class DiskStore:
             _publish(temp, path)
             fsync_folder(path.parent)
         except OSError as error:
-            raise self._explain(error, name) from error
+            raise self._explain(error, name, writing=True) from error
         finally:
             with contextlib.suppress(OSError):
                 temp.unlink()
@@ -177,7 +178,10 @@ class DiskStore:
             probe.unlink(missing_ok=True)
 
     def exclusion_is_sound(self) -> bool:
-        """Whether the folder lies on a file system of this machine alone."""
+        """Whether the folder lies on a file system of this machine alone, and is not said to be
+        shared all the same (through a server on this machine, say)."""
+        if self.spec.options.get("shared") == "yes":
+            return False
         return mountinfo.mount_holding(self.root, mountinfo.mounts()).kind in _LOCAL
 
     def delete(self, name: str) -> None:
@@ -195,16 +199,25 @@ class DiskStore:
 
     @contextmanager
     def lock(self, *, exclusive: bool, wait_s: float = 0.0) -> Iterator[None]:
-        """flock on `lock`; goes with the process."""
+        """flock on `lock`; goes with the process. Who may only read holds it shared if he can."""
         try:
             fd = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise self._explain(error, _LOCK) from error
+            fd = -1 if exclusive or error.errno not in _READ_ONLY else self._open_read_only()
+            if fd < 0:
+                raise self._explain(error, _LOCK) from error
         try:
             _flock(fd, exclusive=exclusive, wait_s=wait_s, url=self.url)
             yield
         finally:
             os.close(fd)
+
+    def _open_read_only(self) -> int:
+        """The lock file, or where there is none that can be read, the folder: never -1."""
+        try:
+            return os.open(self.root / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def sweep(self, part: str, *, min_age_s: float = 0.0) -> int:
         """Remove temporary files whose name holds `part`, at least that old; returns how many."""
@@ -247,7 +260,7 @@ class DiskStore:
             raise ValueError(f"'{name}' is no object name")
         return self.root / name
 
-    def _explain(self, error: OSError, name: str) -> OffloadError:
+    def _explain(self, error: OSError, name: str, *, writing: bool = False) -> OffloadError:
         if error.errno == errno.EEXIST:
             return BusyError(f"object {name} exists already in {self.url}", code="object-exists")
         if error.errno == errno.ENOENT:
@@ -263,6 +276,13 @@ class DiskStore:
                 f"no space left in the store {self.url}",
                 code="no-space",
                 hint="make room, or run: offload prune",
+            )
+        if writing and error.errno in _READ_ONLY:
+            return UnavailableError(
+                f"the store {self.url} cannot be written to at {name or 'its folder'}: "
+                f"{error.strerror}",
+                code="store-read-only",
+                hint="mount it writable, or run this as the user that it belongs to",
             )
         return UnavailableError(
             f"the store {self.url} fails at {name or 'its folder'}: {error.strerror}",
