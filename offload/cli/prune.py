@@ -73,7 +73,8 @@ def prune(
 
     The rules are the store's own (stores.NAME.keep); any --keep option replaces all of them. A
     backup is kept if one rule keeps it; the newest of each group always is, one with a legal hold,
-    and one dated in the future, which counts for no rule. It takes the store for itself alone.
+    and one dated in the future, which counts for no rule. It runs beside
+    backups and mounted views; what it must wait for it says, and the next prune goes on with that.
     """
     from offload.services import prune as service
 
@@ -138,6 +139,16 @@ def _data(report: PruneReport) -> dict[str, Any]:
         "packs_rewritten": report.packs_rewritten,
         "freed_bytes": report.freed_bytes,
         "live_bytes": report.live_bytes,
+        "waiting": [
+            {
+                "prune": waiting.prune,
+                "packs": waiting.packs,
+                "frees_bytes": waiting.frees_bytes,
+                "holders": waiting.holders,
+                "until": waiting.until,
+            }
+            for waiting in report.waiting
+        ],
     }
 
 
@@ -160,3 +171,8 @@ def _show(report: PruneReport) -> None:
         f"{count_of(report.packs_deleted, 'pack')} deleted, "
         f"{report.packs_rewritten} rewritten; {show_size(report.live_bytes)} stay in use"
     )
+    for waiting in report.waiting:
+        what = f"{count_of(waiting.packs, 'pack')}, {show_size(waiting.frees_bytes)}"
+        whom = [f"until {show_time(waiting.until)}"] if waiting.until else []
+        reason = "; ".join([*whom, *(f"for {holder}" for holder in waiting.holders)])
+        click.echo(f"waits for a later prune: {what}: {reason}")
