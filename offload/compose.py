@@ -8,7 +8,9 @@ parties add theirs through entry points of the same group (`offload.snapshots`, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from offload.errors import ConfigError
@@ -21,6 +23,7 @@ from offload.model import (
     RbdSource,
     Source,
 )
+from offload.objectlock import LockableStore, LockRules
 from offload.storespec import StoreSpec
 
 if TYPE_CHECKING:
@@ -83,7 +86,27 @@ def open_store(spec: StoreSpec | str) -> Store:
     """Open the objects of a store, by its spec or by the text of that."""
     found = StoreSpec.parse(spec) if isinstance(spec, str) else spec
     made: Store = _load("offload.stores", "store", STORES, found.kind)(found)
-    return made
+    return _with_versions(made)
+
+
+def _with_versions(store: Store) -> Store:
+    """A store as it was at a moment, or under object lock, where its options say so."""
+    rules = LockRules.of(store.spec)
+    moment = store.spec.options.get("as_of")
+    if moment is None and rules is None:
+        return store
+    if not isinstance(store, LockableStore):
+        store.close()
+        raise ConfigError(f"the store {store.url} keeps no versions: it has no lock and no as_of")
+    if moment is not None:
+        from offload.stores.s3_past import PastStore
+
+        return PastStore(store, datetime.fromisoformat(moment))
+    if rules is not None:
+        from offload.stores.s3_lock import LockedStore
+
+        return LockedStore(store, rules)
+    return store
 
 
 def quiescer(

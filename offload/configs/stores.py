@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, field_validator, model_validator
 
 from offload.configs.base import Model, absolute_path, seconds, tag_name
+from offload.configs.locks import LockConfig
 from offload.quantity import Watermark, parse_size
 from offload.storespec import KeySource, StoreSpec
 
@@ -130,6 +131,8 @@ class S3StoreConfig(_StoreBase):
     bandwidth: str | None = None  # bytes a second, e.g. "50MiB"; each way
     parallel: int = Field(default=8, ge=1, le=64)  # requests at once
     retry_for: Span = 300.0  # a server that fails or throttles is asked again for so long
+    lock: LockConfig | None = None  # none: whoever may write may destroy
+    as_of: AwareDatetime | None = None  # show the store as it was then, read-only
 
     @field_validator("credentials_file", "ca_file")
     @classmethod
@@ -194,6 +197,10 @@ class S3StoreConfig(_StoreBase):
         options["retry_for"] = f"{self.retry_for:g}"
         if self.path_style:
             options["path_style"] = "yes"
+        if self.lock is not None:
+            options |= self.lock.options()
+        if self.as_of is not None:
+            options["as_of"] = self.as_of.isoformat()
         place = f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
         return self._spec(f"s3://{place}", options)
 

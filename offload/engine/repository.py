@@ -37,6 +37,7 @@ from offload.format.pack import (
 )
 from offload.format.sealed import object_hash, seal_object, unseal_object
 from offload.format.tree import Shape
+from offload.objectlock import Locking
 from offload.store import Buffer, Store
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Repository:
         self.quarantine = Quarantine()
         self._decoders: list[zstandard.ZstdDecompressor] = []
         self._heads: dict[str, PackHead] = {}
+        self._hidden: set[str] = set()  # index objects under object lock that somebody has hidden
         self._ciphers: OrderedDict[str, PackCipher] = OrderedDict()
         self._mutex = threading.Lock()
 
@@ -89,7 +91,9 @@ class Repository:
 
     def refresh(self) -> None:
         """See what other writers have added or pruned since."""
-        self.index.refresh(lambda: self.store.list(layout.INDEXES), self._load_index)
+        self.index.refresh(
+            lambda: [*self.store.list(layout.INDEXES), *self._hidden], self._load_index
+        )
         if self._heads:
             self.index.note_heads(self._heads)
             self._heads = {}
@@ -103,7 +107,7 @@ class Repository:
             raw = self.store.get(name)
             packs, heads = self._with_keys(lambda keys: decode_index_heads(name, raw, keys))
             self._heads.update(heads)
-            return packs, True
+            return packs, name not in self._hidden
         except IntegrityError as error:
             log.warning("%s; reading the packs themselves", error.message)
             return {pack: self.pack_entries(pack) for pack in self.store.list(layout.PACKS)}, False
@@ -155,6 +159,8 @@ class Repository:
         if location is None:  # another host's prune may have moved it since
             self.refresh()
             location = self.index.find(ident)
+        if location is None and self._find_hidden():
+            location = self.index.find(ident)
         if location is None:
             raise IntegrityError(
                 f"chunk {ident.hex()[:16]} is missing from the store {self.store.url}",
@@ -162,6 +168,16 @@ class Repository:
                 hint="see which backups it hits: offload verify --all",
             )
         return location
+
+    def _find_hidden(self) -> bool:
+        """Read index objects that are locked and were hidden: once, when a chunk is missing."""
+        if self._hidden or not isinstance(self.store, Locking):
+            return False
+        self._hidden = set(self.store.hidden(layout.INDEXES))
+        if self._hidden:
+            log.warning("%d index objects are locked and hidden: read", len(self._hidden))
+            self.refresh()
+        return bool(self._hidden)
 
     def read(self, ident: bytes) -> bytes:
         """The content of a chunk, checked."""
@@ -173,6 +189,11 @@ class Repository:
         try:
             return self.read_place(location)
         except IntegrityError as error:
+            if isinstance(self.store, Locking) and self.store.distrust(location.pack):
+                log.warning("%s; its original is read", error.message)
+                self._heads.pop(location.pack, None)
+                self._ciphers.pop(location.pack, None)
+                return self.read_at(location)
             found = self._read_elsewhere(location, refresh=error.code == "pack-missing")
             if found is None:
                 raise
