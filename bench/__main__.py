@@ -8,13 +8,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import backups, fleet, latency, mounts, nights, quiesce, reading, stages, targets
+from bench import (
+    backups,
+    fleet,
+    latency,
+    mounts,
+    nights,
+    quiesce,
+    reading,
+    restores,
+    stages,
+    targets,
+)
 from bench.ground import Ground, choose_folder, ground
 from bench.report import Table, write_page
 
 PARTS = (
-    "stages", "full", "reading", "incremental", "nights", "start", "many", "targets", "luns",
-    "first", "freeze", "fleet", "latency",
+    "stages", "full", "restore", "reading", "incremental", "nights", "start", "many", "targets",
+    "luns", "first", "freeze", "fleet", "latency",
 )  # fmt: skip
 
 
@@ -60,6 +71,8 @@ def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> lis
             show(table)
         if "full" in wanted:
             show(backups.full(place, rounds, limit_s))
+        if "restore" in wanted:
+            show(restores.measure(place, rounds))
         if "reading" in wanted:
             show(reading.measure(place, rounds))
         if "incremental" in wanted:
