@@ -1,24 +1,25 @@
 """Restore one volume of a backup from a disk store, from docs/store-format.md alone.
 
-    python independent_reader.py STORE BACKUP VOLUME OUTPUT
+    python independent_reader.py STORE BACKUP VOLUME OUTPUT [--packs] [KIND:FILE]
 
-It shares no code with offload and needs only Python, blake3 and zstandard. It reads no local cache
-and, with `--packs`, no index objects either. It stops at anything that is not as it was written.
+KIND: file, passphrase, recovery. It shares no code with offload; `--packs`: read no index objects.
 """
 
+import base64
 import json
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import zstandard
+from argon2.low_level import Type, hash_secret_raw
 from blake3 import blake3
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-CONTEXT = "offload store v1 2026-11-21 "
-ENTRY = struct.Struct("<32sBBHIIQ")
-RECORD_BYTES, TRAILER_BYTES, SECTOR = 56, 64, 512
 DATA, DELTA, PAGE = 1, 2, 3
 
 
@@ -27,168 +28,173 @@ def check(good: bool, what: object) -> None:
         sys.exit(f"damaged: {what}")
 
 
-def unseal(path: Path, key: bytes | None, name: str = "") -> dict[str, Any]:
-    body, _, rest = path.read_bytes().partition(b"\n")
-    digest = (blake3(body + b"\n" + name.encode(), key=key) if key else blake3(body)).hexdigest()
-    check(rest == b"blake3:" + digest.encode() + b"\n", path)
-    value: dict[str, Any] = json.loads(body)
-    return value
+def derive(secret: bytes, purpose: str) -> bytes:
+    return blake3(secret, derive_key_context="offload store v1 2026-11-21 " + purpose).digest()
+
+
+def two_lines(raw: bytes, tail: bytes, key: bytes | None, name: str) -> dict[str, Any]:
+    body, _, rest = raw.partition(b"\n")
+    digest = (blake3(body + tail, key=key) if key else blake3(body)).hexdigest()
+    check(rest == f"blake3:{digest}\n".encode(), name)
+    return dict(json.loads(body))
+
+
+def open_ring(folder: Path, store_id: str, way: str) -> dict[str, Any]:
+    kind, _, file = way.partition(":")
+    text = Path(file).read_text().removesuffix("\n")
+    if kind == "file":
+        secret = bytes.fromhex(text.split(":")[1])
+    elif kind == "recovery":
+        secret = base64.b32decode(text.partition("-")[2].replace("-", ""))[:32]
+    rings: list[dict[str, Any]] = []
+    found = [two_lines(p.read_bytes(), b"", None, p.name) for p in (folder / "keys").iterdir()]
+    for about in (about for about in found if about["kind"] == kind):
+        box = bytes.fromhex(about.pop("wrapped"))
+        if kind == "passphrase":
+            salt, kdf = bytes.fromhex(about["kdf"]["salt"]), about["kdf"]
+            costs = (kdf["time_cost"], kdf["memory_kib"], kdf["lanes"])
+            key = hash_secret_raw(text.encode(), salt, *costs, 32, Type.ID)
+        else:
+            key = derive(secret, f"wrap {kind}")
+        bound = {**about, "store": store_id}
+        text_of = json.dumps(bound, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        with suppress(InvalidTag):
+            rings.append(json.loads(AESGCM(key).decrypt(box[:12], box[12:], text_of.encode())))
+    check(bool(rings), "no key fits")
+    return max(rings, key=lambda ring: int(ring["versions"][-1]["number"]))
 
 
 class Store:
-    def __init__(self, folder: Path, packs_only: bool) -> None:
+    def __init__(self, folder: Path, packs_only: bool, way: str) -> None:
         self.folder = folder
-        self.about = unseal(folder / "store.json", None)
-        check(self.about["format"] == "offload-store", "store.json")
-        check(self.about["version"] == 1 and self.about["encryption"] is None, "version")
-        id_key = bytes.fromhex(self.about["id_key"])
-        self.keys = {
-            purpose: blake3(id_key, derive_key_context=CONTEXT + purpose).digest()
-            for purpose in ("data", "delta", "page", "mac")
-        }
-        self.places: dict[bytes, tuple[str, int, int, int, int, int]] = {}
-        if packs_only:
-            self.read_footers()
-        else:
-            self.read_indexes()
+        self.about = two_lines((folder / "store.json").read_bytes(), b"", None, "store.json")
+        check(self.about["format"] == "offload-store" and self.about["version"] == 1, "version")
+        ring = open_ring(folder, self.about["id"], way) if self.about["encryption"] else self.about
+        id_key = bytes.fromhex(ring["id_key"])
+        self.secret = {v["number"]: bytes.fromhex(v["secret"]) for v in ring.get("versions", [])}
+        self.mac = {n: derive(s, "mac") for n, s in (self.secret or {0: id_key}).items()}
+        self.ids = [b"", *(derive(id_key, purpose) for purpose in ("data", "delta", "page"))]
+        self.places: dict[bytes, tuple[Any, ...]] = {}
+        (self.read_footers if packs_only else self.read_indexes)()
+
+    def cipher(self, version: int, purpose: str, salt: bytes, name: str) -> AESGCM:
+        return AESGCM(
+            blake3(salt + name.encode(), key=derive(self.secret[version], purpose)).digest()
+        )
+
+    def sealed(self, name: str) -> dict[str, Any]:
+        raw = (self.folder / name).read_bytes()
+        if not self.secret:
+            return two_lines(raw, b"\n" + name.encode(), self.mac[0], name)
+        magic, one, version, salt = struct.unpack_from("<8sHH32s", raw)
+        check(magic == b"OFFLSEAL" and one == 1, name)
+        cipher = self.cipher(version, "sealed", salt, name)
+        return dict(json.loads(cipher.decrypt(bytes(12), raw[44:], raw[:44] + name.encode())))
 
     def read_indexes(self) -> None:
         for path in sorted((self.folder / "index").iterdir()):
-            raw = path.read_bytes()
-            check(
-                blake3(raw[:-32] + f"index/{path.name}".encode(), key=self.keys["mac"]).digest()
-                == raw[-32:],
-                path,
-            )
-            check(raw[:8] == b"OFFLIDX1", path)
-            (count,) = struct.unpack_from("<I", raw, 12)
+            raw, name = path.read_bytes(), f"index/{path.name}"
+            magic, version, _, count = struct.unpack_from("<8sHHI", raw)
+            mac = blake3(raw[:-32] + name.encode(), key=self.mac[version]).digest()
+            check(magic == b"OFFLIDX1" and mac == raw[-32:], path)
             at = 16
             for _ in range(count):
                 (length,) = struct.unpack_from("<H", raw, at)
-                pack = raw[at + 2 : at + 2 + length].decode()
-                at += 2 + length
-                (entries,) = struct.unpack_from("<I", raw, at + 34)
-                at += 38
-                self.note(pack, raw[at : at + entries * ENTRY.size])
-                at += entries * ENTRY.size
-            check(at == len(raw) - 32, path)
+                pack, at = raw[at + 2 : at + 2 + length].decode(), at + 2 + length
+                end = at + 38 + 52 * struct.unpack_from("<I", raw, at + 34)[0]
+                self.note(pack, raw[at + 38 : end])
+                at = end
 
     def read_footers(self) -> None:
         for path in sorted((self.folder / "packs").glob("*/*")):
             raw, name = path.read_bytes(), path.relative_to(self.folder).as_posix()
-            end = raw[-TRAILER_BYTES:]
-            magic, at, count, version, mac, last = struct.unpack("<8sQII32s8s", end)
-            check((magic, version, last) == (b"OFFLFOOT", 1, b"OFFLEND\n"), path)
-            check(raw[:16] == b"OFFLPACK" + struct.pack("<II", 1, 0), path)
-            body = raw[at:-TRAILER_BYTES]
-            check(len(body) == count * ENTRY.size, path)
-            covered = blake3(
-                raw[:16] + body + end[:24] + name.encode(), key=self.keys["mac"]
-            ).digest()
-            check(covered == mac, path)
-            self.note(name, body)
+            magic, at, count, one, mac, last = struct.unpack("<8sQII32s8s", raw[-64:])
+            check((magic, one, last, raw[:8]) == (b"OFFLFOOT", 1, b"OFFLEND\n", b"OFFLPACK"), path)
+            version = int.from_bytes(raw[12:16], "little")
+            covered = raw[: 48 if version else 16] + raw[at:-40] + name.encode()
+            good = blake3(covered, key=self.mac[version]).digest() == mac
+            check(good and len(raw[at:-64]) == count * 52, path)
+            self.note(name, raw[at:-64])
 
     def note(self, pack: str, entries: bytes) -> None:
-        for ident, kind, encoding, version, raw, stored, offset in ENTRY.iter_unpack(entries):
-            check(version == 0, "key version")
-            self.places[ident] = (pack, kind, encoding, raw, stored, offset)
+        if (self.folder / pack).exists():  # a chunk that a prune has moved is at two places
+            for ident, *place in struct.iter_unpack("<32sBBHIIQ", entries):
+                self.places[ident] = (pack, *place)
 
-    def chunk(self, ident: bytes, wanted: int) -> bytes:
+    def chunk(self, ident: bytes, wanted: int) -> Any:
         check(ident in self.places, f"chunk {ident.hex()} is missing")
-        pack, kind, encoding, raw_length, stored, offset = self.places[ident]
-        check(kind == wanted, f"kind of chunk {ident.hex()}")
+        pack, kind, encoding, _, raw_length, stored, offset = self.places[ident]
         with (self.folder / pack).open("rb") as file:
-            file.seek(offset + RECORD_BYTES)
-            payload = file.read(stored)
-        check(len(payload) == stored, pack)
+            head, _, payload = file.read(48), file.seek(offset + 56), file.read(stored)
+        if version := int.from_bytes(head[12:16], "little"):
+            fields = (b"CHNK", kind, encoding, version, raw_length, stored, ident)
+            aad, nonce = struct.pack("<4sBBHII32s", *fields), struct.pack("<Q4x", offset)
+            payload = self.cipher(version, "pack", head[16:], pack).decrypt(nonce, payload, aad)
         if encoding == 1:
             payload = zstandard.ZstdDecompressor().decompress(payload, max_output_size=raw_length)
-        key = self.keys[{DATA: "data", DELTA: "delta", PAGE: "page"}[kind]]
-        check(len(payload) == raw_length, pack)
-        check(blake3(payload, key=key).digest() == ident, f"chunk {ident.hex()} in {pack}")
+        good = blake3(payload, key=self.ids[wanted]).digest() == ident
+        check(good and (kind, raw_length) == (wanted, len(payload)), f"{ident.hex()} in {pack}")
         return payload
 
-
-def levels_of(slots: int, width: int) -> int:
-    levels, reach = 1, width
-    while reach < slots:
-        levels, reach = levels + 1, reach * width
-    return levels
-
-
-def leaves(store: Store, ident: bytes, level: int) -> Iterator[tuple[int, list[bytes] | None]]:
-    """The leaf entries under a page: lists of ids, base first; None for zeros, with a count."""
-    raw = store.chunk(ident, PAGE)
-    magic, version, own_level, count = struct.unpack_from("<2sBBI", raw)
-    check((magic, version, own_level) == (b"PG", 1, level), "page head")
-    at = 8
-    for _ in range(count):
-        tag = raw[at]
-        at += 1
-        if tag == 0:
-            yield store.about["page_entries"] ** level, None
-            continue
-        ids, at = [raw[at : at + 32]], at + 32
-        if level:
-            check(tag == 1, "page tag")
-            yield from leaves(store, ids[0], level - 1)
-            continue
-        if tag == 2:
-            deltas, at = raw[at], at + 1
-            ids += [raw[at + 32 * i : at + 32 * i + 32] for i in range(deltas)]
+    def leaves(self, ident: bytes, level: int) -> Iterator[tuple[int, list[bytes]]]:
+        raw = self.chunk(ident, PAGE)
+        check(raw[:4] == bytes((*b"PG", 1, level)), "page head")
+        at = 8
+        for _ in range(int.from_bytes(raw[4:8], "little")):
+            tag, first, at = raw[at], raw[at + 1 : at + 33], at + 1
+            if tag == 0:
+                yield self.about["page_entries"] ** level, []
+                continue
+            deltas, at = (raw[at + 32], at + 33) if tag == 2 else (0, at + 32)
+            if level:
+                yield from self.leaves(first, level - 1)
+            else:
+                yield 1, [first, *(raw[at + 32 * i : at + 32 * i + 32] for i in range(deltas))]
             at += 32 * deltas
-        yield 1, ids
-    check(at == len(raw), "page length")
 
+    def slot(self, ids: list[bytes], length: int) -> bytearray:
+        out = bytearray(self.chunk(ids[0], DATA))
+        check(len(out) == length, "chunk length")
+        for delta in (self.chunk(ident, DELTA) for ident in ids[1:]):
+            at = -(-length // 4096)
+            for start in range(0, length, 512):
+                if delta[start // 4096] >> (start // 512 % 8) & 1:
+                    size = min(512, length - start)
+                    out[start : start + size] = delta[at : at + size]
+                    at += size
+            check(at == len(delta), "delta length")
+        return out
 
-def chunk_of(store: Store, ids: list[bytes], length: int) -> bytearray:
-    out = bytearray(store.chunk(ids[0], DATA))
-    check(len(out) == length, "chunk length")
-    for ident in ids[1:]:
-        delta = store.chunk(ident, DELTA)
-        sectors = -(-length // SECTOR)
-        at = -(-sectors // 8)
-        for sector in range(sectors):
-            if delta[sector // 8] >> (sector % 8) & 1:
-                start = sector * SECTOR
-                size = min(SECTOR, length - start)
-                out[start : start + size] = delta[at : at + size]
-                at += size
-        check(at == len(delta), "delta length")
-    return out
-
-
-def newest_root(store: Store, backup: str, volume: str, root: str) -> str:
-    check(not (store.folder / "voids" / backup).exists(), f"backup {backup} was given up")
-    found = (0, root)
-    for path in (store.folder / "folds").glob("*"):
-        if not (store.folder / "voids" / path.name).exists():
-            fold = unseal(path, store.keys["mac"], f"folds/{path.name}")
+    def root(self, backup: str, volume: str, own: str) -> bytes:
+        void = [self.sealed(f"voids/{p.name}")["writer"] for p in (self.folder / "voids").glob("*")]
+        check(backup not in void, f"backup {backup} was given up")
+        found = (0, own)
+        for name in (p.name for p in (self.folder / "folds").glob("*") if p.name not in void):
+            fold = self.sealed(f"folds/{name}")
             new = fold["backups"].get(backup, {}).get(volume)
             found = max(found, (fold["sequence"], new)) if new else found
-    return found[1]
+        return bytes.fromhex(found[1])
 
-
-def restore(store: Store, backup: str, volume: str, output: Path) -> None:
-    manifest = unseal(store.folder / "manifests" / backup, store.keys["mac"], f"manifests/{backup}")
-    check(manifest["id"] == backup and manifest["version"] == 1, "manifest")
-    image = next(i for i in manifest["images"] if i["volume"] == volume)
-    root = newest_root(store, backup, volume, image["root"])
-    size, chunk = image["size_bytes"], store.about["chunk_bytes"]
-    slots = -(-size // chunk)
-    top = levels_of(slots, store.about["page_entries"]) - 1
-    slot = 0
-    with output.open("wb") as out:
-        for count, ids in leaves(store, bytes.fromhex(root), top):
-            if ids is not None:
-                out.seek(slot * chunk)
-                out.write(chunk_of(store, ids, min(chunk, size - slot * chunk)))
-            slot += count
-        check(slot >= slots, "too few entries")
-        out.truncate(size)
+    def restore(self, backup: str, volume: str, output: Path) -> None:
+        manifest = self.sealed(f"manifests/{backup}")
+        image = next(i for i in manifest["images"] if i["volume"] == volume)
+        size, chunk = image["size_bytes"], self.about["chunk_bytes"]
+        slots, width, at = -(-size // chunk), self.about["page_entries"], 0
+        top = next(level for level in range(64) if width ** (level + 1) >= slots)
+        with output.open("wb") as out:
+            for count, ids in self.leaves(self.root(backup, volume, image["root"]), top):
+                if ids:
+                    out.seek(at * chunk)
+                    out.write(self.slot(ids, min(chunk, size - at * chunk)))
+                at += count
+            check(at >= slots, "too few entries")
+            out.truncate(size)
 
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--packs"]
-    opened = Store(Path(words[0]), "--packs" in sys.argv)
-    restore(opened, words[1], words[2], Path(words[3]))
+    try:
+        opened = Store(Path(words[0]), "--packs" in sys.argv, "".join(words[4:]))
+        opened.restore(words[1], words[2], Path(words[3]))
+    except (InvalidTag, zstandard.ZstdError, KeyError, struct.error) as error:
+        sys.exit(f"damaged: {error!r}")
