@@ -7,12 +7,13 @@ two a night, not one a chunk: on S3 that is what a restore's time is made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from offload.engine.chunkindex import Location
 from offload.engine.readimage import StoredImage
+from offload.engine.requests import Request, coalesce
 from offload.engine.work import worker_count
 from offload.errors import IntegrityError, NotFoundError
 from offload.extents import Ranges
@@ -23,8 +24,6 @@ from offload.format.tree import Leaf
 _WINDOWS_BYTES = 64 << 20  # of all threads together
 _WINDOW_MIN = 8 << 20
 _WINDOW_MAX = 32 << 20
-_REQUEST_BYTES = 4 << 20
-_GAP_BYTES = 128 << 10  # what is read in between and thrown away: cheaper than a request
 _REQUESTS = 8  # at once, of all threads
 _AHEAD = 4  # of one window
 
@@ -35,27 +34,41 @@ def window_bytes(chunk_bytes: int) -> int:
     return max(share // chunk_bytes, 1) * chunk_bytes
 
 
-@dataclass(slots=True)
-class _Request:
-    """Records of one pack that are fetched together."""
+Put = Callable[[int, bytes | bytearray], None]  # offset in the image, content
 
-    pack: str
-    start: int
-    end: int
-    places: list[Location]
+
+@dataclass(slots=True)
+class _Chain:
+    """A chunk that is more than its base: what has come of it."""
+
+    offset: int
+    leaf: Leaf
+    base: bytes = b""
 
 
 @dataclass(slots=True)
 class _Wanted:
-    """What a window needs: where each base goes in the buffer, and the slots with deltas."""
+    """What a window needs: where each plain chunk goes, what each chain waits for."""
 
-    bases: dict[bytes, list[memoryview]] = field(default_factory=dict)
+    put: Put
+    plain: dict[bytes, list[tuple[int, int]]] = field(default_factory=dict)  # offset, length
+    bases: dict[bytes, list[_Chain]] = field(default_factory=dict)
     deltas: dict[bytes, bytes] = field(default_factory=dict)
-    chains: list[tuple[Leaf, memoryview]] = field(default_factory=list)
+    chains: list[_Chain] = field(default_factory=list)
+
+    def add(self, offset: int, length: int, leaf: Leaf) -> None:
+        """A whole chunk is wanted."""
+        if not leaf.deltas:
+            self.plain.setdefault(leaf.base, []).append((offset, length))
+            return
+        chain = _Chain(offset, leaf)
+        self.chains.append(chain)
+        self.bases.setdefault(leaf.base, []).append(chain)
+        self.deltas.update(dict.fromkeys(leaf.deltas, b""))
 
 
 class BulkReader:
-    """Fills windows of one stored image. Safe from any thread. Close it before the image."""
+    """Reads windows of one stored image. Safe from any thread. Close it before the image."""
 
     def __init__(self, image: StoredImage) -> None:
         self.image = image
@@ -63,55 +76,56 @@ class BulkReader:
         self.window_bytes = window_bytes(image.shape.chunk_bytes)
         self._pool = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="fetch")
 
-    def read(self, base: int, ranges: Ranges, buffer: memoryview) -> None:
-        """Fill the ranges of a window that begins at `base`; the rest of `buffer` is not touched.
+    def read(self, ranges: Ranges, put: Put) -> None:
+        """Hand all of the ranges to `put`, chunk by chunk, in any order, each byte once.
 
-        Ranges that are no whole chunks are read the plain way.
+        Ranges that are no whole chunks, and chunks that are not where the index says, are read the
+        plain way.
         """
-        wanted, rest = self._plan(base, ranges, buffer)
+        wanted = _Wanted(put)
+        other: Ranges = []
+        for offset, length, leaf in self._slots(ranges):
+            if leaf is None:
+                other.append((offset, offset + length))
+            else:
+                wanted.add(offset, length, leaf)
         missing = self._fetch(wanted)
-        for leaf, part in wanted.chains:
-            if missing.isdisjoint((leaf.base, *leaf.deltas)):
-                for ident in leaf.deltas:
-                    apply_delta(wanted.deltas[ident], part)
-        for start, end, idents in rest:
-            if not idents or not missing.isdisjoint(idents):
-                self.image.readinto(start, buffer[start - base : end - base])
+        for chain in wanted.chains:
+            if missing.isdisjoint((chain.leaf.base, *chain.leaf.deltas)):
+                chunk = bytearray(chain.base)
+                for ident in chain.leaf.deltas:
+                    apply_delta(wanted.deltas[ident], chunk)
+                put(chain.offset, chunk)
+            else:
+                other.append(self.image.shape.slot_range(self._slot(chain.offset)))
+        for ident in missing & wanted.plain.keys():
+            other += [(offset, offset + length) for offset, length in wanted.plain[ident]]
+        for start, end in other:
+            put(start, self.image.pread(start, end - start))
 
-    def _plan(
-        self, base: int, ranges: Ranges, buffer: memoryview
-    ) -> tuple[_Wanted, list[tuple[int, int, tuple[bytes, ...]]]]:
-        """What to fetch; and every range with its chunks, for those that cannot be fetched so."""
-        wanted = _Wanted()
-        rest: list[tuple[int, int, tuple[bytes, ...]]] = []
-        chunk = self.image.shape.chunk_bytes
+    def _slot(self, offset: int) -> int:
+        return offset // self.image.shape.chunk_bytes
+
+    def _slots(self, ranges: Ranges) -> Iterator[tuple[int, int, Leaf | None]]:
+        """Offset, length and leaf of each chunk; no leaf for parts of chunks, and for zeros."""
         for start, end in ranges:
             at = start
             while at < end:
-                first, stop = self.image.shape.slot_range(at // chunk)
+                slot = self._slot(at)
+                first, stop = self.image.shape.slot_range(slot)
                 upto = min(end, stop)
-                leaf = self.image.tree.leaf(at // chunk) if (at, upto) == (first, stop) else None
-                if leaf is None:
-                    rest.append((at, upto, ()))
-                else:
-                    part = buffer[at - base : upto - base]
-                    wanted.bases.setdefault(leaf.base, []).append(part)
-                    if leaf.deltas:
-                        wanted.chains.append((leaf, part))
-                        wanted.deltas.update(dict.fromkeys(leaf.deltas, b""))
-                    rest.append((at, upto, (leaf.base, *leaf.deltas)))
+                whole = (at, upto) == (first, stop)
+                yield at, upto - at, self.image.tree.leaf(slot) if whole else None
                 at = upto
-        return wanted, rest
 
     def _fetch(self, wanted: _Wanted) -> set[bytes]:
         """Get all that is wanted; returns the ids that were not where the index said."""
-        ids = [*wanted.bases, *wanted.deltas]
+        ids = list({*wanted.plain, *wanted.bases, *wanted.deltas})
         places = self.repository.index.find_many(ids)
         missing = {ident for ident in ids if ident not in places}
-        ahead: list[tuple[_Request, Future[bytes]]] = []
-        requests = _coalesce(list(places.values()))
+        ahead: list[tuple[Request, Future[bytes]]] = []
         try:
-            for request in requests:
+            for request in coalesce(list(places.values())):
                 ahead.append((request, self._pool.submit(self._get, request)))
                 if len(ahead) == _AHEAD:
                     missing |= self._take(*ahead.pop(0), wanted)
@@ -122,12 +136,12 @@ class BulkReader:
                 future.cancel()
         return missing
 
-    def _get(self, request: _Request) -> bytes:
+    def _get(self, request: Request) -> bytes:
         return self.repository.store.get_range(
             request.pack, request.start, request.end - request.start
         )
 
-    def _take(self, request: _Request, future: Future[bytes], wanted: _Wanted) -> set[bytes]:
+    def _take(self, request: Request, future: Future[bytes], wanted: _Wanted) -> set[bytes]:
         try:
             raw = memoryview(future.result())
         except NotFoundError:  # moved by a prune: the image's own way looks again
@@ -137,24 +151,32 @@ class BulkReader:
             entry = place.entry
             at = entry.payload_offset - request.start
             try:
-                self._put(place, raw[at : at + entry.stored_length], wanted)
+                content = self.repository.decode(
+                    entry, raw[at : at + entry.stored_length], place.pack
+                )
             except IntegrityError:  # damaged here; there may be another copy of it
                 missing.add(entry.id)
+                continue
+            _give(place, content, wanted)
         return missing
-
-    def _put(self, place: Location, stored: memoryview, wanted: _Wanted) -> None:
-        ident = place.entry.id
-        content = self.repository.decode(place.entry, stored, place.pack)
-        if ident in wanted.deltas:
-            _check(place, Kind.DELTA, len(content))
-            wanted.deltas[ident] = content
-        for part in wanted.bases.get(ident, ()):
-            _check(place, Kind.DATA, len(part))
-            part[:] = content
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _give(place: Location, content: bytes, wanted: _Wanted) -> None:
+    """Where a chunk that has come goes."""
+    ident = place.entry.id
+    if ident in wanted.deltas:
+        _check(place, Kind.DELTA, len(content))
+        wanted.deltas[ident] = content
+    for chain in wanted.bases.get(ident, ()):
+        _check(place, Kind.DATA, len(content))
+        chain.base = content
+    for offset, length in wanted.plain.get(ident, ()):
+        _check(place, Kind.DATA, length)
+        wanted.put(offset, content)
 
 
 def _check(place: Location, kind: Kind, length: int) -> None:
@@ -163,25 +185,3 @@ def _check(place: Location, kind: Kind, length: int) -> None:
         raise IntegrityError(
             f"chunk {entry.id.hex()[:16]} is not what its place needs", code="bad-page"
         )
-
-
-def _coalesce(places: list[Location]) -> Iterator[_Request]:
-    """Requests over what lies close together, in the order of the packs."""
-    places.sort(key=lambda place: (place.pack, place.entry.offset))
-    open_: _Request | None = None
-    for place in places:
-        start, end = place.entry.payload_offset, place.entry.end
-        if (
-            open_ is not None
-            and open_.pack == place.pack
-            and start - open_.end <= _GAP_BYTES
-            and end - open_.start <= _REQUEST_BYTES
-        ):
-            open_.end = max(open_.end, end)
-            open_.places.append(place)
-            continue
-        if open_ is not None:
-            yield open_
-        open_ = _Request(place.pack, start, end, [place])
-    if open_ is not None:
-        yield open_

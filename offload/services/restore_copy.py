@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -18,7 +19,8 @@ from offload.extents import Ranges, clip, complement, data_ranges, normalize, su
 from offload.image import Image
 from offload.journal import step
 from offload.services.restore_record import Record, Unfinished
-from offload.sink import Sink
+from offload.sink import UNIT, Sink
+from offload.store import Buffer
 
 CHECKPOINT_BYTES = 256 << 20  # written between two checkpoints: what a kill costs
 _BLOCK = 4096  # what is compared and written again as one
@@ -113,7 +115,7 @@ class Copy:
 
     @contextmanager
     def _tool(self) -> Iterator[_Tool]:
-        tool = _Tool(_buffer(self._window), _buffer(self._window))
+        tool = _Tool(_buffer(UNIT), _buffer(UNIT))
         try:
             yield tool
         finally:
@@ -124,33 +126,36 @@ class Copy:
     def _work(self, window: _Window, tool: _Tool, checkpoints: _Checkpoints) -> None:
         data = data_ranges(self.image.extents(window.start, window.end - window.start))
         before = tool.tally.written
-        self._read(window.start, data, tool.buffer)
-        for start, end in data:
-            part = tool.buffer[start - window.start : end - window.start]
-            if window.compare:
-                self._write_changed(start, part, tool)
-            else:
-                self.sink.write(start, part)
-                tool.tally.written += len(part)
+        put = partial(self._write_changed if window.compare else self._write, tool)
+        if self._bulk is not None:
+            self._bulk.read(data, put)
+        else:
+            self._read(data, put, tool)
         for start, end in subtract([(window.start, window.end)], data):
             self._zero(start, end, window, tool)
         checkpoints.note(window.start, window.end, tool.tally.written - before)
         self._advance(window.end - window.start)
 
-    def _read(self, base: int, data: Ranges, buffer: memoryview) -> None:
-        if self._bulk is not None:
-            self._bulk.read(base, data, buffer)
-            return
+    def _read(self, data: Ranges, put: Callable[[int, memoryview], None], tool: _Tool) -> None:
         for start, end in data:
-            self.image.readinto(start, buffer[start - base : end - base])
+            for at in range(start, end, UNIT):
+                part = tool.buffer[: min(UNIT, end - at)]
+                self.image.readinto(at, part)
+                put(at, part)
 
-    def _write_changed(self, start: int, wanted: memoryview, tool: _Tool) -> None:
-        there = tool.there[: len(wanted)]
-        self.sink.readinto(start, there)
-        tool.tally.compared += len(wanted)
-        for first, end in _differing(wanted, there):
-            self.sink.write(start + first, wanted[first:end])
-            tool.tally.written += end - first
+    def _write(self, tool: _Tool, offset: int, wanted: Buffer) -> None:
+        self.sink.write(offset, memoryview(wanted))
+        tool.tally.written += len(wanted)
+
+    def _write_changed(self, tool: _Tool, offset: int, wanted: Buffer) -> None:
+        for at in range(0, len(wanted), UNIT):
+            part = memoryview(wanted)[at : at + UNIT]
+            there = tool.there[: len(part)]
+            self.sink.readinto(offset + at, there)
+            tool.tally.compared += len(part)
+            for first, end in _differing(part, there):
+                self.sink.write(offset + at + first, part[first:end])
+                tool.tally.written += end - first
 
     def _zero(self, start: int, end: int, window: _Window, tool: _Tool) -> None:
         """A new sink has holes there, unless an interrupted run is in doubt."""
@@ -159,12 +164,13 @@ class Copy:
                 self.sink.zero(start, end - start)
             return
         for first, stop in self.sink.data(start, end - start):
-            there = tool.there[: stop - first]
-            self.sink.readinto(first, there)
-            tool.tally.compared += len(there)
-            for low, high in _not_zero(there):
-                self.sink.zero(first + low, high - low)
-                tool.tally.written += high - low
+            for at in range(first, stop, UNIT):
+                there = tool.there[: min(UNIT, stop - at)]
+                self.sink.readinto(at, there)
+                tool.tally.compared += len(there)
+                for low, high in _not_zero(there):
+                    self.sink.zero(at + low, high - low)
+                    tool.tally.written += high - low
 
 
 def trusted(image: Image, sink: Sink, left: Unfinished) -> bool:
