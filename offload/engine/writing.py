@@ -20,8 +20,16 @@ from offload.errors import NotFoundError, UnavailableError
 from offload.format import layout
 from offload.journal import step
 from offload.model import Backup
+from offload.objectlock import Locking
+from offload.store import Store
 
 REFERENCES_LOST = "references-lost"
+
+
+def is_firm(store: Store) -> bool:
+    """Whether a manifest stands once it is out: under object lock all that it needs was locked
+    before it, so that no prune can have deleted any of it, and it cannot be taken back."""
+    return isinstance(store, Locking)
 
 
 class Writing:
@@ -63,11 +71,13 @@ class Writing:
         store = self.repository.store
         wanted = self.repository.index.relied.union(own_packs)
         lost = wanted - set(store.list(layout.PACKS)) if wanted else set()
-        late = look_for_fences(store, self.pin.id)
+        firm = is_firm(store)
+        late = not firm and look_for_fences(store, self.pin.id)
         if not lost and not late:
             return
-        store.delete(layout.manifest_name(self.pin.id))
-        step("writer.taken.back")
+        if not firm:
+            store.delete(layout.manifest_name(self.pin.id))
+            step("writer.taken.back")
         if late:
             raise given_up(self.pin.id)
         raise UnavailableError(

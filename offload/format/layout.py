@@ -25,6 +25,7 @@ TOMBSTONES = "tombstones/"
 FOLDS = "folds/"
 HOLDS = "holds/"
 QUARANTINE = "quarantine/"
+PROBES = "probes/"
 FORMAT_NAME = "offload-store"
 FORMAT_VERSION = 1
 CIPHER = "aes-256-gcm"  # the one that there is

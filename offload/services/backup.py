@@ -31,14 +31,16 @@ from datetime import UTC, datetime
 from offload import __version__, compose
 from offload.catalog.store import Catalog
 from offload.engine.fences import look_for_fences
+from offload.engine.damage import known_damage
 from offload.engine.packwriter import PackWriter
 from offload.engine.repository import Repository
+from offload.engine.retention_lock import Built, lock_references
 from offload.engine.tree import TreeReader
 from offload.engine.trust import sample_unchanged
 from offload.engine.writeimage import Counts, Job, write_image
-from offload.engine.writing import REFERENCES_LOST, writing
+from offload.engine.writing import REFERENCES_LOST, is_firm, writing
 from offload.errors import BusyError, NotFoundError, OffloadError, UnavailableError, UsageError
-from offload.extents import Ranges, total
+from offload.extents import Ranges, normalize, total
 from offload.format import layout
 from offload.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_hash
 from offload.holds import hold_timemark
@@ -248,6 +250,7 @@ class _Run:
         self.id = BackupId(new_id())
         self.reports: list[ImageReport] = []
         self.records: list[ImageRecord] = []
+        self.trees: list[Built] = []
         self.parent: str | None = None
         self.stored_bytes = 0
 
@@ -283,6 +286,9 @@ class _Run:
             self.writing.pin.look()  # not to make others build on what counts as never made
             writer.finish()
         self.stored_bytes = writer.stored_bytes
+        locked = lock_references(self.repository, self.trees, writer.packs)
+        if locked is not None:
+            step("backup.locked")
         done = Backup(
             id=self.id,
             store=self.store,
@@ -307,7 +313,7 @@ class _Run:
         )
         step("backup.manifest.before")
         raw = encode_manifest(manifest, self.repository.keys)
-        self.repository.store.put(layout.manifest_name(self.id), [raw])
+        self.repository.store.put(layout.manifest_name(self.id), [raw], retain_until=locked)
         step("backup.manifest.written")
         self.writing.confirm(writer.packs)
         step("backup.confirmed")
@@ -326,6 +332,13 @@ class _Run:
         if parent.tree is not None and self.parent is None:
             self.parent = parent.backup
         root, counts = self._copy(entry, parent, writer)
+        self.trees.append(
+            Built(
+                root=root,
+                size_bytes=entry.image.size_bytes,
+                parent=parent.tree.root if parent.tree is not None else None,
+            )
+        )
         counts.read_bytes += sampled
         mode = "full" if parent.changed is None else "incremental"
         self.records.append(
@@ -515,7 +528,7 @@ def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
     try:
         ident = args["backup"]
         name = layout.manifest_name(ident)
-        if store.exists(name) and look_for_fences(store, ident):
+        if store.exists(name) and not is_firm(store) and look_for_fences(store, ident):
             store.delete(name)
         with closing(Repository.open(store, instance.cache_dir)) as repository:
             if store.exists(name):

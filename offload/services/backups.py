@@ -22,7 +22,7 @@ from offload.format.tree import Leaf
 from offload.instance import Instance
 from offload.journal import Operation, step
 from offload.model import Backup, ImageRecord
-from offload.services import legalholds, stores, timemark
+from offload.services import legalholds, locks, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
 from offload.store import Store
@@ -116,6 +116,7 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
         for name in dict.fromkeys(known.store for known in chosen):
             repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
             legalholds.refuse_held(repository, [b for b in chosen if b.store == name])
+            locks.refuse_locked(repository, [b for b in chosen if b.store == name])
         for number, known in enumerate(chosen, 1):
             erase(ctx, op, known, number)
     return chosen

@@ -33,8 +33,10 @@ from offload.engine.packplan import PackPlan, copy_live, plan_packs
 from offload.engine.packwriter import PackWriter
 from offload.engine.pins import HeldPin, PinKind
 from offload.engine.repository import Repository
+from offload.engine.retention_lock import locked_packs
 from offload.engine.sweep import delete_packs, drop_from_index
 from offload.engine.tombstones import Sight, Tombstone, look, packs_of, put_tombstone
+from offload.errors import IntegrityError
 from offload.format import layout
 from offload.ids import new_id
 from offload.instance import Instance
@@ -42,7 +44,7 @@ from offload.journal import Operation, step
 from offload.progress import NoProgress, Progress
 from offload.retention import KeepRules, Verdict, judge
 from offload.services import backups as finished
-from offload.services import legalholds, stores
+from offload.services import legalholds, locks, stores
 from offload.services.context import Context
 from offload.services.prune_wait import (
     OWN,
@@ -217,11 +219,16 @@ class _Prune:
             else legalholds.held(self.repository)
         )
         shown = finished.shown_by(self.ctx)
+        verdicts = judge(roots.backups, rules, datetime.now(UTC), held.keys())
+        going = [v.backup for v in verdicts if not v.kept]
+        why = {
+            ident: f"locked until {locks.show(until)}"
+            for ident, until in locks.locked_backups(self.repository, going).items()
+        }
+        why |= {b.id: f"shown by view {shown[b.id]}" for b in going if b.id in shown}
         return [
-            replace(v, reasons=(f"shown by view {shown[v.backup.id]}",), missed=())
-            if not v.kept and v.backup.id in shown
-            else v
-            for v in judge(roots.backups, rules, datetime.now(UTC), held.keys())
+            replace(v, reasons=(why[v.backup.id],), missed=()) if v.backup.id in why else v
+            for v in verdicts
         ]
 
     def _miss_nothing(self, roots: Roots) -> None:
@@ -250,6 +257,8 @@ class _Prune:
         self._choose(sight.reliable, dead)
         packs = {p: size for p, size in sight.packs.items() if p in seen.packs and p not in dead}
         busy = {p for p in packs if layout.pack_writer(p) in roots.writers}
+        busy |= locked_packs(self.repository, packs).keys()
+        busy |= self.live.unreadable()  # what is bad is not copied on, and its pack has more
         plan = plan_packs(self.repository, self.live, packs, untouched=busy)
         # what is in a pack that stays need not be copied
         self._choose(sight.reliable - plan.frees.keys(), dead | plan.rewrite.keys())

@@ -17,7 +17,7 @@ from offload.format import layout
 from offload.format.keyfile import new_ring
 from offload.format.layout import Parameters, decode_parameters, encode_parameters, new_parameters
 from offload.journal import step
-from offload.services import stores
+from offload.services import locks, stores
 from offload.services.context import Context
 from offload.services.keymaker import HandOver, KeyMaker
 from offload.store import Store
@@ -52,6 +52,7 @@ def init(ctx: Context, name: str, options: InitOptions | None = None) -> stores.
     store = compose.open_store(config.spec())
     try:
         _refuse_taken(store)
+        locks.prove(store)
         parameters, id_key = _parameters(ctx, chosen, encrypted=config.key is not None)
         if parameters.encrypted:
             _encrypted(ctx, store, parameters, id_key, chosen.recovery)

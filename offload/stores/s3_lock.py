@@ -142,14 +142,10 @@ class LockedStore:
                 yield found
 
     def _void_counts(self, name: str) -> bool:
-        """Not against a manifest that is locked and was there before: it is a finished backup,
-        whose packs are locked too, and no prune of ours gives that up (docs/design/ransomware.md).
-        """
+        """Not against a locked manifest: all that it needs was locked before it was put, so that
+        whoever gave its writer up has destroyed nothing (docs/design/ransomware.md)."""
         manifest = self._original(layout.manifest_name(name.removeprefix(layout.VOIDS)))
-        if manifest is None or self.locked_until(manifest) is None:
-            return True
-        void = next(_originals(self.inner.versions(name)), None)
-        return void is not None and void[0].modified < manifest.modified
+        return manifest is None or self.locked_until(manifest) is None
 
     # -- versions --------------------------------------------------------------------------------
 
