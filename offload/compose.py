@@ -17,6 +17,7 @@ from offload.errors import ConfigError
 from offload.model import (
     BackupSource,
     Consistency,
+    HomeSource,
     NbdSource,
     Qcow2Source,
     RawSource,
@@ -190,6 +191,12 @@ def open_image(source: Source) -> Image:
             from offload.images.rbd import RbdImage
 
             return RbdImage(source)
+        case HomeSource():
+            size, sector = source.size_bytes, source.sector_size
+            if "://" in source.place:
+                return open_image(NbdSource(uri=source.place, size_bytes=size, sector_size=sector))
+            place = Path(source.place)
+            return open_image(RawSource(path=place, size_bytes=size, sector_size=sector))
     assert_never(source)
 
 

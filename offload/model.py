@@ -188,6 +188,10 @@ class BackupSource:
     size_bytes: int
     cache_dir: Path  # where the local chunk index lives
     sector_size: int = 512
+    block_dir: Path | None = None  # of the cache on disk; None: `blocks` in `cache_dir`
+    cache_bytes: int = 0  # bound of the cache on disk; 0: none
+    memory_bytes: int = 16 << 20  # of decoded chunks, in a process
+    ahead_bytes: int = 8 << 20  # how far a stream is read ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +224,19 @@ class RbdSource:
     sector_size: int = 512
 
 
-Source = RawSource | Qcow2Source | BackupSource | NbdSource | RbdSource
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HomeSource:
+    """Where a writable view was migrated to: read and written in place, without an overlay.
+
+    `place` is the path of a raw file or a block device, which may be longer, or an NBD URI.
+    """
+
+    place: str
+    size_bytes: int
+    sector_size: int = 512
+
+
+Source = RawSource | Qcow2Source | BackupSource | NbdSource | RbdSource | HomeSource
 
 
 class ViewState(StrEnum):
@@ -253,7 +269,7 @@ class View:
 
     id: ViewId
     name: str
-    origin: str  # timemark:ID/volume or backup:ID/volume, always in full
+    origin: str  # timemark:ID/volume or backup:ID/volume, always in full; once migrated home:PLACE
     target: str
     uri: str
     writable: bool
@@ -264,7 +280,12 @@ class View:
     state: ViewState = ViewState.MOUNTED
     server: Mapping[str, str] = field(default_factory=dict)
     exposure: Exposure = field(default_factory=Exposure)
-    overlay_limit_bytes: int = 0  # how large what is written may grow; 0 where it is read-only
+    overlay_limit_bytes: int = 0  # how large what is written may grow; 0 without an overlay
+
+    @property
+    def on_overlay(self) -> bool:
+        """Whether what is written goes to an overlay: into its place once it is migrated."""
+        return self.writable and not isinstance(self.source, HomeSource)
 
 
 class ConnectionKind(StrEnum):

@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from offload import mountinfo, procs, qemu_nbd, run
 from offload.errors import (
@@ -23,6 +24,7 @@ from offload.errors import (
     NotFoundError,
     OffloadError,
     UnavailableError,
+    UsageError,
 )
 
 Node = Mapping[str, object]  # of QEMU's block graph, as `blockdev-add` takes it
@@ -32,6 +34,7 @@ _CLUSTER_BYTES = 64 << 10  # of overlays: a window ends with a whole one
 _FUSE = Path("/dev/fuse")
 _READY_S = 30.0  # an overlay of many gigabytes has tables to read
 _GRACE_S = 10.0  # what it holds in memory is written when it ends
+_NBD_PORT = 10809  # NBD's own, of IANA
 _LOCK_SIGN = "Failed to get"  # … "write" lock, shared "write" lock: QEMU block/file-posix.c
 
 
@@ -65,10 +68,48 @@ def overlay_node(path: Path, limit_bytes: int, base: Node) -> Node:
     return {"driver": "qcow2", "file": window, "backing": base, **discard}
 
 
+def home_node(place: str, size_bytes: int) -> Node:
+    """A raw file, a block device or an NBD export to write to, from its start.
+
+    Raises UsageError (`bad-target`) for a URI that QEMU has no words for.
+    """
+    discard = {"discard": "unmap"}
+    if "://" in place:
+        file: Node = {"driver": "nbd", **_nbd_place(place), **discard}
+    else:
+        device = stat.S_ISBLK(Path(place).stat().st_mode)
+        kind = "host_device" if device else "file"
+        file = {"driver": kind, "filename": place, **discard}
+    return {"driver": "raw", "size": size_bytes, "file": file, **discard}
+
+
+def _nbd_place(uri: str) -> Node:
+    parts = urlsplit(uri)
+    export = unquote(parts.path.removeprefix("/"))
+    query = parse_qs(parts.query)
+    if parts.scheme == "nbd+unix" and query.get("socket"):
+        return {"server": {"type": "unix", "path": query["socket"][0]}, "export": export}
+    if parts.scheme == "nbd" and parts.hostname:
+        port = str(parts.port or _NBD_PORT)
+        return {"server": {"type": "inet", "host": parts.hostname, "port": port}, "export": export}
+    raise UsageError(
+        f"cannot write to '{uri}'",
+        code="bad-target",
+        hint="a path, a device, nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH",
+    )
+
+
 def serve_nbd(
-    node: Node, socket_path: Path, *, writable: bool, pid_file: Path, log_path: Path
+    node: Node,
+    socket_path: Path,
+    *,
+    writable: bool,
+    pid_file: Path,
+    log_path: Path,
+    monitor: Path | None = None,
 ) -> procs.ProcessRef:
-    """Serve a node to any number of NBD clients; returns when the socket greets.
+    """Serve a node to any number of NBD clients; returns when the socket greets. `monitor`: where
+    the daemon shall listen for QMP.
 
     On an error nothing is left. Raises BusyError (`overlay-in-use`), NotFoundError
     (`source-missing`), UnavailableError (`program-missing`, `server-failed`).
@@ -76,11 +117,18 @@ def serve_nbd(
     server = {"addr": {"type": "unix", "path": str(socket_path)}}
     export = {"type": "nbd", "name": "", **_common(writable)}
     options = ["--nbd-server", json.dumps(server), "--export", json.dumps(export)]
+    options += _monitor(monitor)
     return _start(node, options, pid_file, log_path, lambda: qemu_nbd.greets(socket_path))
 
 
 def serve_file(
-    node: Node, path: Path, *, writable: bool, pid_file: Path, log_path: Path
+    node: Node,
+    path: Path,
+    *,
+    writable: bool,
+    pid_file: Path,
+    log_path: Path,
+    monitor: Path | None = None,
 ) -> procs.ProcessRef:
     """Show a node as the file `path` (made for it), to this user alone.
 
@@ -95,10 +143,9 @@ def serve_file(
         )
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     export = {"type": "fuse", "mountpoint": str(path), "allow-other": "off", **_common(writable)}
+    options = ["--export", json.dumps(export), *_monitor(monitor)]
     try:
-        return _start(
-            node, ["--export", json.dumps(export)], pid_file, log_path, lambda: is_mounted(path)
-        )
+        return _start(node, options, pid_file, log_path, lambda: is_mounted(path))
     except BaseException:
         remove_file(path)
         raise
@@ -145,6 +192,14 @@ def remove_file(path: Path) -> None:
 def _common(writable: bool) -> Node:
     # write-through: see the guarantees in offload/overlay.py
     return {"id": "view", "node-name": _NODE, "writable": writable, "writethrough": writable}
+
+
+def _monitor(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    socket = str(path).replace(",", ",,")  # QEMU's option syntax
+    chardev = f"socket,id=monitor,path={socket},server=on,wait=off"
+    return ["--chardev", chardev, "--monitor", "chardev=monitor"]
 
 
 def _start(

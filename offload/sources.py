@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import UsageError
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, RbdSource, Source
+from offload.model import (
+    BackupSource,
+    HomeSource,
+    NbdSource,
+    Qcow2Source,
+    RawSource,
+    RbdSource,
+    Source,
+)
 
 _KINDS: dict[str, type[Source]] = {
     "raw": RawSource,
@@ -16,6 +24,7 @@ _KINDS: dict[str, type[Source]] = {
     "backup": BackupSource,
     "nbd": NbdSource,
     "rbd": RbdSource,
+    "home": HomeSource,
 }
 _NAMES = {made: kind for kind, made in _KINDS.items()}
 
@@ -55,7 +64,7 @@ def _value(annotation: str, text: str) -> Any:
     match annotation:
         case "int":
             return int(text)
-        case "Path":
+        case "Path" | "Path | None":
             return Path(text)
         case _:
             return text

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from offload.model import Exposure, Source
+from offload.model import Exposure, HomeSource, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class ExportRequest:
     """What to present, and how. `run_dir` is this view's own folder in the runtime folder.
 
     `exposure` is what `check` made of the one that was asked for. Without an overlay the view is
-    read-only.
+    read-only, but for one that was migrated: it is written in place.
     """
 
     view_id: str
@@ -37,7 +37,7 @@ class ExportRequest:
     @property
     def writable(self) -> bool:
         """Whether clients may write."""
-        return self.overlay is not None
+        return self.overlay is not None or isinstance(self.source, HomeSource)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,4 +101,21 @@ class Target(Protocol):
 
     def clients(self, run_dir: Path, server: Mapping[str, str]) -> list[Client]:
         """Who is connected now."""
+        ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A target under whose writable views the bytes can be exchanged while they are served."""
+
+    def monitor(self, run_dir: Path) -> Path:
+        """The QMP socket of the daemon that has the view's bytes; it need not be there."""
+        ...
+
+    def settled(self, server: Mapping[str, str]) -> dict[str, str]:
+        """The record of a view that reads nothing of its source any more."""
+        ...
+
+    def end_source(self, run_dir: Path) -> None:
+        """End what served the source of such a view. Idempotent."""
         ...

@@ -13,6 +13,9 @@ The daemon is a qemu-storage-daemon, which exports a socket or a FUSE file. In t
 | `base.sock`, `base.pid`, `base-log` | the nbdkit of the source |
 | `qemu.sock`, `qemu-nbd.pid`, `qemu-log` | the qemu-nbd of the source |
 | `top.sock` or `disk`, `top.pid`, `top-log` | the daemon |
+| `top.qmp` | its monitor, where the view is writable |
+
+A view that was migrated is the daemon alone, on the place where its bytes are now.
 
 Only nbdkit tells NBD clients the sector size: who presents one of the other sockets sets it.
 """
@@ -28,8 +31,8 @@ from pathlib import Path
 
 from offload import procs, qemu_nbd, qemu_storage, run
 from offload.blockdev import device_size
-from offload.errors import CleanupError, NotFoundError, UnavailableError
-from offload.model import Qcow2Source, RawSource
+from offload.errors import CleanupError, IntegrityError, NotFoundError, UnavailableError
+from offload.model import HomeSource, Qcow2Source, RawSource
 from offload.qemu_storage import Node
 from offload.target import ExportRequest, Overlay
 from targets import command, handshake, nbdkit
@@ -38,6 +41,7 @@ _BASE_LOG = "base-log"
 _FILE = "disk"
 _PID_FILE = "top.pid"
 _LOG = "top-log"
+_MONITOR = "top.qmp"
 _ANSWER_S = 10.0
 # What has nothing to save when it is asked to end.
 _GRACE_S = 0.5
@@ -64,7 +68,7 @@ def open_socket(request: ExportRequest) -> Backing:
     whatever opening the image raises.
     """
     with _closed_on_error(request):
-        if request.overlay is None:
+        if not request.writable:
             return _serve_source(request)
         node, base = _base_node(request)
         path = request.run_dir / command.OVERLAY_SOCKET
@@ -128,11 +132,8 @@ def alive(run_dir: Path, server: Mapping[str, str]) -> bool:  # noqa: ARG001
 def _close(run_dir: Path) -> None:
     qemu_storage.stop(run_dir / _PID_FILE)
     qemu_storage.remove_file(run_dir / _FILE)
-    for ref in procs.find_running("nbdkit", str(run_dir / command.BASE_PID_FILE)):
-        ref.end(_GRACE_S)
-    qemu_nbd.stop(run_dir / command.BACKEND_SOCKET, run_dir / command.BACKEND_PID_FILE)
-    for name in (command.OVERLAY_SOCKET, _LOG, command.BACKEND_LOG, command.BASE_SOCKET,
-                 command.BASE_PID_FILE, _BASE_LOG, command.SOURCE):  # fmt: skip
+    end_source(run_dir)
+    for name in (command.OVERLAY_SOCKET, _MONITOR, _LOG):
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -147,11 +148,33 @@ def _closed_on_error(request: ExportRequest) -> Iterator[None]:
 
 def _base_node(request: ExportRequest) -> tuple[Node, Mapping[str, str]]:
     """QEMU's name for the source, and the record of what was started for it."""
+    if isinstance(request.source, HomeSource):
+        return _home_node(request, request.source), {}
     if isinstance(request.source, RawSource):
         _check_raw(request, request.source)
         return qemu_storage.raw_node(request.source.path), {}
     served = _serve_source(request)
     return qemu_storage.nbd_node(served.path), served.record
+
+
+def monitor(run_dir: Path) -> Path:
+    """The QMP socket of the daemon behind a writable view."""
+    return run_dir / _MONITOR
+
+
+def settled(server: Mapping[str, str]) -> dict[str, str]:
+    """The record without what served the source."""
+    return {key: value for key, value in server.items() if not key.startswith(_BASE)}
+
+
+def end_source(run_dir: Path) -> None:
+    """End what serves the source, and leave the daemon. Idempotent."""
+    for ref in procs.find_running("nbdkit", str(run_dir / command.BASE_PID_FILE)):
+        ref.end(_GRACE_S)
+    qemu_nbd.stop(run_dir / command.BACKEND_SOCKET, run_dir / command.BACKEND_PID_FILE)
+    for name in (command.BACKEND_LOG, command.BASE_SOCKET, command.BASE_PID_FILE, _BASE_LOG,
+                 command.SOURCE):  # fmt: skip
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _top_node(request: ExportRequest, base: Node) -> Node:
@@ -186,23 +209,41 @@ def _serve_source(request: ExportRequest) -> Backing:
     )
 
 
+def _home_node(request: ExportRequest, source: HomeSource) -> Node:
+    """A place that is gone or too short now is refused: a new one would be all zeros."""
+    if "://" in source.place:
+        return qemu_storage.home_node(source.place, source.size_bytes)
+    have = _size_of(Path(source.place))
+    if have < source.size_bytes:
+        raise IntegrityError(
+            f"view {request.name} has {source.size_bytes} bytes, {source.place} only {have}",
+            code="size-mismatch",
+            hint="it was changed behind our back",
+        )
+    return qemu_storage.home_node(source.place, source.size_bytes)
+
+
 def _check_raw(request: ExportRequest, source: RawSource) -> None:
     """An origin that is missing or of another size is refused: a base that is too short would be
     read as zeros behind its end."""
+    nbdkit.check_size(_size_of(source.path), request)
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file or block device."""
     try:
-        fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
-            size = device_size(fd) if stat.S_ISBLK(status.st_mode) else status.st_size
+            return device_size(fd) if stat.S_ISBLK(status.st_mode) else status.st_size
         finally:
             os.close(fd)
     except FileNotFoundError:
-        raise NotFoundError(f"there is no {source.path}", code="source-missing") from None
+        raise NotFoundError(f"there is no {path}", code="source-missing") from None
     except OSError as error:
         raise UnavailableError(
-            f"cannot open {source.path}: {error.strerror}", code="source-unreadable"
+            f"cannot open {path}: {error.strerror}", code="source-unreadable"
         ) from error
-    nbdkit.check_size(size, request)
 
 
 def _check_overlay(request: ExportRequest, overlay: Overlay) -> None:
@@ -216,7 +257,8 @@ def _check_overlay(request: ExportRequest, overlay: Overlay) -> None:
 
 
 def _files(request: ExportRequest) -> dict[str, Path]:
-    return {"pid_file": request.run_dir / _PID_FILE, "log_path": request.run_dir / _LOG}
+    found = {"pid_file": request.run_dir / _PID_FILE, "log_path": request.run_dir / _LOG}
+    return {**found, "monitor": request.run_dir / _MONITOR} if request.writable else found
 
 
 def _record(prefix: str, ref: procs.ProcessRef) -> dict[str, str]:

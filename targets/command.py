@@ -17,7 +17,7 @@ from typing import assert_never
 from urllib.parse import quote
 
 import offload
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, RbdSource
+from offload.model import BackupSource, HomeSource, NbdSource, Qcow2Source, RawSource, RbdSource
 from offload.nbd_tls import Certificates, PreSharedKeys, Tls
 from offload.sources import source_to_dict
 from offload.target import ExportRequest
@@ -119,6 +119,8 @@ def _plugin(request: ExportRequest) -> _Plugin:
             return _compiled(request, "file", f"file={source.path}")
         case Qcow2Source():
             return _compiled(request, "nbd", f"socket={request.run_dir / BACKEND_SOCKET}")
+        case HomeSource():
+            return _compiled(request, "nbd", f"socket={request.run_dir / OVERLAY_SOCKET}")
         case NbdSource():
             return _compiled(request, "nbd", f"uri={source.uri}")
         case BackupSource() | RbdSource():

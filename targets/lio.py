@@ -101,6 +101,18 @@ class LioTarget:
             return []
         return lio_state.clients(server["iqn"], server["address"], int(server["port"]))
 
+    def monitor(self, run_dir: Path) -> Path:
+        """The QMP socket of the daemon behind a writable view; see `offload.target.Movable`."""
+        return backing.monitor(run_dir)
+
+    def settled(self, server: Mapping[str, str]) -> dict[str, str]:
+        """The record without what served the source."""
+        return backing.settled(server)
+
+    def end_source(self, run_dir: Path) -> None:
+        """End what served the source."""
+        backing.end_source(run_dir)
+
     def _name(self, view_id: str) -> lio_state.Name:
         return lio_state.Name(instance=self._instance, view=view_id)
 

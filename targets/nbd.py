@@ -143,6 +143,18 @@ class NbdTarget:
             return processes.tcp_clients(ref.pid, server["address"], int(server["port"]))
         return processes.unix_clients(ref.pid, run_dir / command.SOCKET)
 
+    def monitor(self, run_dir: Path) -> Path:
+        """The QMP socket of the daemon behind a writable view; see `offload.target.Movable`."""
+        return backing.monitor(run_dir)
+
+    def settled(self, server: Mapping[str, str]) -> dict[str, str]:
+        """The record without what served the source."""
+        return backing.settled(server)
+
+    def end_source(self, run_dir: Path) -> None:
+        """End what served the source."""
+        backing.end_source(run_dir)
+
 
 def _check_unix(exposure: Exposure) -> Exposure:
     if exposure.port is not None:

@@ -39,6 +39,8 @@ COMMANDS = {
     "backup": Lazy("offload.cli.backup:backup", "Back a group up; list, compare, delete backups."),
     "restore": Lazy("offload.cli.restore:restore", "Write an image of a backup somewhere."),
     "verify": Lazy("offload.cli.verify:verify", "Read backups and check every byte."),
+    "migrate": Lazy("offload.cli.migrate:migrate", "Bring a writable view home while it runs."),
+    "repair": Lazy("offload.cli.repair:repair", "Mend a store from where its data still is."),
     "copy": Lazy("offload.cli.copy:copy", "Copy backups to another store."),
     "prune": Lazy("offload.cli.prune:prune", "Delete the backups that no rule keeps."),
     "key": Lazy("offload.cli.key:key", "The ways into an encrypted store."),

@@ -204,6 +204,7 @@ def views(ctx: click.Context) -> None:
             "alive": entry.alive,
             "clients": entry.clients,
             "overlay": entry.overlay,
+            "moving_to": entry.moving_to or None,
         }
         for entry in found
     ]
@@ -215,6 +216,8 @@ def _state(entry: ViewStatus) -> str:
     if not entry.alive:
         return "dead"
     mode = "writable" if entry.view.writable else "read-only"
+    if entry.moving_to:
+        mode = f"moving to {entry.moving_to}"
     if not entry.clients:
         return mode
     number = f"{len(entry.clients)} client" + ("s" if len(entry.clients) > 1 else "")
@@ -226,8 +229,8 @@ def _state(entry: ViewStatus) -> str:
 
 def _written(entry: ViewStatus) -> str:
     """How full the overlay is, `12.0 MiB of 20.0 GiB`."""
-    if not entry.view.writable:
-        return "-"
+    if not entry.view.on_overlay:
+        return "in place" if entry.view.writable else "-"
     if entry.overlay is None:
         return "overlay is gone"
     return f"{show_size(entry.overlay.used_bytes)} of {show_size(entry.overlay.limit_bytes)}"

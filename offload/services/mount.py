@@ -34,7 +34,7 @@ from offload.holds import claim_view, hold_timemark
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.journal import Operation
-from offload.model import Connection, Exposure, View, ViewId, ViewState
+from offload.model import Connection, Exposure, HomeSource, View, ViewId, ViewState
 from offload.origin import NAME, Origin, OriginKind, parse_origin
 from offload.overlay import Usage
 from offload.progress import NoProgress, Progress
@@ -66,7 +66,8 @@ class ViewStatus:
     view: View
     alive: bool
     clients: tuple[Client, ...] = ()
-    overlay: Usage | None = None  # None: read-only, or its overlay is gone
+    overlay: Usage | None = None  # None: it has none, or its overlay is gone
+    moving_to: str = ""  # where a running migration copies it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +128,8 @@ def unmount(
 
     Then a TimeMark that was made for them goes, if nothing else needs it. Raises UsageError,
     NotFoundError, BusyError (`view-busy`: clients are connected and it is not forced;
-    `view-connected`: it is a block device of this machine, which `force` ends first).
+    `view-connected`: it is a block device of this machine, which `force` ends first;
+    `view-moving`).
     """
     if all_views == bool(names):
         raise UsageError("name the views to unmount, or all", code="bad-views", hint="or: --all")
@@ -135,6 +137,7 @@ def unmount(
     chosen = list({view.id: view for view in found}.values())
     if not chosen:
         return []
+    _check_unmoved(_moving(ctx), chosen)
     with ExitStack() as claims:
         for view in sorted(chosen, key=lambda view: view.id):  # waits while one is served again
             claims.enter_context(claim_view(ctx.instance, view.id, wait=True))
@@ -157,7 +160,7 @@ def _unmount(ctx: Context, chosen: Sequence[View], force: bool) -> list[View]:
         for number, made in enumerate(fresh, 1):  # undone last
             op.intend(f"timemark-{number}", "delete-unused", {"ids": dump([made])})
         for number, view in enumerate(chosen, 1):
-            if view.writable:
+            if view.on_overlay:
                 op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
             op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
         for number, view in enumerate(chosen, 1):
@@ -171,6 +174,7 @@ def _unmount(ctx: Context, chosen: Sequence[View], force: bool) -> list[View]:
 def views(ctx: Context) -> list[ViewStatus]:
     """What is mounted, the newest last, and whether it is served now. Changes nothing."""
     found = []
+    moving = _moving(ctx)
     targets: dict[str, Target] = {}
     for view in ctx.catalog.views():
         run_dir = _run_dir(ctx, view.id)
@@ -180,8 +184,22 @@ def views(ctx: Context) -> list[ViewStatus]:
         alive = target.alive(run_dir, view.server)
         clients = tuple(target.clients(run_dir, view.server)) if alive else ()
         used = overlays.usage_of(ctx.instance, view)
-        found.append(ViewStatus(view=view, alive=alive, clients=clients, overlay=used))
+        found.append(
+            ViewStatus(
+                view=view,
+                alive=alive,
+                clients=clients,
+                overlay=used,
+                moving_to=moving.get(view.id, ""),
+            )
+        )
     return found
+
+
+def _moving(ctx: Context) -> dict[str, str]:
+    """Where running migrations go, by the view's id."""
+    intents = ctx.journal.running_intents()
+    return {i.args["id"]: i.args["place"] for i in intents if i.undo == "settle-migration"}
 
 
 def remount(ctx: Context) -> Remounted:
@@ -261,6 +279,16 @@ def _check_name(ctx: Context, name: str) -> None:
             code="name-taken",
             hint=f"choose another name, or: offload unmount {name}",
         )
+
+
+def _check_unmoved(moving: Mapping[str, str], chosen: Sequence[View]) -> None:
+    for view in chosen:
+        if view.id in moving:
+            raise BusyError(
+                f"view {view.name} is being migrated to {moving[view.id]}",
+                code="view-moving",
+                hint="wait for it, or end the migration with Ctrl-C",
+            )
 
 
 def _check_unconnected(attached: Sequence[Connection]) -> None:
@@ -352,7 +380,7 @@ def _exported(ctx: Context, view: View, exposure: Exposure) -> View:
             source=view.source,
             run_dir=_run_dir(ctx, view.id),
             exposure=exposure,
-            overlay=overlays.overlay_of(ctx.instance, view) if view.writable else None,
+            overlay=overlays.overlay_of(ctx.instance, view) if view.on_overlay else None,
         )
     )
     return replace(view, uri=endpoint.uri, server=endpoint.server)
@@ -373,6 +401,8 @@ def _serve_if_dead(ctx: Context, view_id: str) -> View | None:
 
 def _with_source(ctx: Context, view: View, stack: ExitStack) -> View:
     """A snapshot may have to be made readable again after a reboot; its TimeMark is held."""
+    if isinstance(view.source, HomeSource):
+        return view
     origin = parse_origin(view.origin)
     if origin.kind is not OriginKind.TIMEMARK:
         return view
@@ -401,7 +431,7 @@ def _take_away(ctx: Context, op: Operation, number: int, view: View) -> None:
     target = compose.target(view.target, ctx.instance)
     target.withdraw(_run_dir(ctx, view.id), view.server)
     op.done(f"server-{number}")
-    if view.writable:
+    if view.on_overlay:
         overlay.remove(overlays.overlay_of(ctx.instance, view).path)
         op.done(f"overlay-{number}")
     ctx.catalog.delete_view(view.id)
@@ -426,6 +456,8 @@ def _fresh_timemarks(ctx: Context, chosen: Sequence[View]) -> list[str]:
 
 
 def _timemark_of(view: View) -> str | None:
+    if isinstance(view.source, HomeSource):
+        return None
     origin = parse_origin(view.origin)
     return origin.id if origin.kind is OriginKind.TIMEMARK else None
 

@@ -25,8 +25,8 @@ def overlay_of(instance: Instance, view: View) -> Overlay:
 
 
 def usage_of(instance: Instance, view: View) -> Usage | None:
-    """How full it is; None where the view is read-only, or its overlay is gone."""
-    return overlay.usage(overlay_of(instance, view)) if view.writable else None
+    """How full it is; None where the view has none, or its overlay is gone."""
+    return overlay.usage(overlay_of(instance, view)) if view.on_overlay else None
 
 
 def limit_of(ctx: Context, asked_bytes: int | None) -> int:
@@ -66,7 +66,7 @@ def warnings(ctx: Context, limits_bytes: int) -> Iterator[str]:
 
 def alarms(ctx: Context) -> list[str]:
     """Overlays that are nearly full or gone, and a file system that is; lines for a person."""
-    writable = [view for view in ctx.catalog.views() if view.writable]
+    writable = [view for view in ctx.catalog.views() if view.on_overlay]
     found: list[str] = []
     for view in writable:
         found += _alarms_of(ctx, view)
@@ -85,7 +85,7 @@ def find_orphans(ctx: Context) -> list[Path]:
 
     Only while no operation runs: one that is being made has no view yet.
     """
-    known = {overlay_of(ctx.instance, view).path for view in ctx.catalog.views() if view.writable}
+    known = {overlay_of(ctx.instance, view).path for view in ctx.catalog.views() if view.on_overlay}
     found = ctx.instance.overlays_dir.glob(f"{ctx.instance.id}.*.qcow2")
     return sorted(path for path in found if path not in known)
 

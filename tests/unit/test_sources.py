@@ -8,7 +8,15 @@ from typing import get_args
 import pytest
 
 from offload.errors import UsageError
-from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource, RbdSource, Source
+from offload.model import (
+    BackupSource,
+    HomeSource,
+    NbdSource,
+    Qcow2Source,
+    RawSource,
+    RbdSource,
+    Source,
+)
 from offload.sources import source_from_dict, source_to_dict
 
 EXAMPLES: tuple[Source, ...] = (
@@ -25,6 +33,7 @@ EXAMPLES: tuple[Source, ...] = (
         user="client.a", size_bytes=7, sector_size=4096,
     ),
     BackupSource(store="/store", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c")),
+    HomeSource(place="nbd://h:1/x y", size_bytes=7, sector_size=4096),
 )  # fmt: skip
 
 
