@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.errors import IntegrityError, NotFoundError
+from offload.extents import Ranges, normalize
 from offload.format.tree import Leaf
 from offload.model import ImageRecord
 
@@ -33,6 +34,36 @@ class Hit:
     def is_page(self) -> bool:
         """Whether it is a page of the tree."""
         return self.level >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hurt:
+    """What is known to be unreadable in an image: chunks, the ranges that they hit, and whether
+    there are tree pages among them."""
+
+    ids: frozenset[bytes] = frozenset()
+    ranges: Ranges = field(default_factory=list)
+    pages: bool = False
+
+
+def known_damage(repository: Repository, image: ImageRecord) -> Hurt:
+    """By the notes in the store alone: without any the tree is not walked."""
+    notes = repository.quarantine.notes
+    if not notes:
+        return Hurt()
+    bad: set[bytes] = set()
+    for note in notes:
+        for entry in repository.index.entries(note.pack):
+            if note.gone or entry.offset in note.offsets:
+                best = repository.index.find(entry.id)
+                if best is None or repository.quarantine.has(best.pack, best.entry.offset):
+                    bad.add(entry.id)
+    hits = list(DamageMap(repository, bad).image(image))
+    return Hurt(
+        frozenset(hit.ident for hit in hits),
+        normalize((hit.start, hit.end) for hit in hits),
+        any(hit.is_page for hit in hits),
+    )
 
 
 class DamageMap:

@@ -19,13 +19,16 @@ CREATE TABLE live(id BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE usable(number INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE place(id BLOB PRIMARY KEY, pack TEXT, offset INTEGER, stored INTEGER) WITHOUT ROWID;
 CREATE INDEX place_pack ON place(pack, offset);
+CREATE TABLE bad(pack TEXT, offset INTEGER, PRIMARY KEY(pack, offset)) WITHOUT ROWID;
 """
 # Of several places the one in the first pack by name: whoever counts comes to the same answer.
 _PLACES = """
 INSERT INTO place SELECT c.id, min(u.name), c.offset, c.stored
 FROM live l JOIN cache.chunk c ON c.id = l.id JOIN cache.pack p ON p.number = c.pack
 JOIN usable u ON u.name = p.name
-WHERE NOT EXISTS(SELECT 1 FROM place WHERE place.id = l.id) GROUP BY c.id
+WHERE NOT EXISTS(SELECT 1 FROM place WHERE place.id = l.id)
+AND EXISTS(SELECT 1 FROM bad WHERE bad.pack = u.name AND bad.offset = c.offset) = ?
+GROUP BY c.id
 """
 
 
@@ -68,22 +71,40 @@ class LiveSet:
         found = self._db.execute("SELECT 1 FROM live WHERE id = ?", (ident,)).fetchone()
         return found is not None
 
-    def choose(self, usable: Set[str], last: Set[str] = frozenset()) -> int:
-        """Choose a place for every chunk in use: in a pack of `usable`, else in one of `last`.
+    def choose(
+        self,
+        usable: Set[str],
+        last: Set[str] = frozenset(),
+        bad: Set[tuple[str, int]] = frozenset(),
+    ) -> int:
+        """Choose a place for every chunk in use: in a pack of `usable`, else in one of `last`; one
+        of the `bad` (packs and offsets that cannot be read) only where there is no other.
 
         Returns how many have none.
         """
         # the index is read as it is now: a transaction would see it as it was at its begin
         self._db.execute("COMMIT")
         self._db.execute("DELETE FROM place")
-        for packs in (usable, last):
+        self._db.execute("DELETE FROM bad")
+        self._db.executemany("INSERT INTO bad VALUES (?, ?)", bad)
+        for is_bad, packs in ((0, usable), (0, last), (1, usable), (1, last)):
+            if is_bad and not bad:
+                break
             self._db.execute("DELETE FROM usable")
             self._db.executemany("INSERT INTO usable(name) VALUES (?)", ((p,) for p in packs))
-            self._db.execute(_PLACES)
+            self._db.execute(_PLACES, (is_bad,))
         query = "SELECT (SELECT count(*) FROM live) - (SELECT count(*) FROM place)"
         missing: int = self._db.execute(query).fetchone()[0]
         self._db.execute("BEGIN")
         return missing
+
+    def unreadable(self) -> set[str]:
+        """Packs with a chunk in use that is bad there, and is nowhere else."""
+        query = (
+            "SELECT DISTINCT place.pack FROM place JOIN bad "
+            "ON bad.pack = place.pack AND bad.offset = place.offset"
+        )
+        return {pack for (pack,) in self._db.execute(query)}
 
     def used(self) -> dict[str, Used]:
         """What of each pack is in use, for the packs of which anything is."""

@@ -53,6 +53,11 @@ class Quarantine:
         """Whether the record at this place cannot be read."""
         return pack in self._gone or (pack, offset) in self._places
 
+    @property
+    def places(self) -> frozenset[tuple[str, int]]:
+        """The noted records of packs that are there: pack and offset."""
+        return self._places
+
     def packs(self) -> set[str]:
         """The packs that are noted."""
         return {note.pack for note in self.notes}

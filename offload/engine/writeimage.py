@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -46,13 +46,15 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to write. `changed` None: look at everything."""
+    """What to write. `changed` None: look at everything. `bad`: chunks of the parent that cannot be
+    read: nothing is built on them, and the ranges that they hit are in `changed`."""
 
     image: Image
     shape: Shape
     parent: TreeReader | None
     changed: Ranges | None
     advance: Callable[[int], None]
+    bad: Set[bytes] = frozenset()
 
 
 @dataclass(slots=True)
@@ -273,7 +275,7 @@ class _ImageWriter:
         if self.job.parent is None:
             return None
         old = self.job.parent.leaf(slot)
-        if old is None or (not old.deltas and old.base != ident):
+        if old is None or self._is_bad(old) or (not old.deltas and old.base != ident):
             return None
         if old.deltas and bytes(chunk) != read_leaf(self.repository, old, len(chunk)):
             return None
@@ -289,6 +291,7 @@ class _ImageWriter:
         old = unit.page.entries[slot % shape.page_entries]
         whole = old is not None and (
             total(changed) >= (stop - start) * _DELTA_SHARE
+            or self._is_bad(old)
             or self._chain_full(old, changed, stop - start)
         )
         chunk = tool.buffer[: stop - start]
@@ -302,6 +305,9 @@ class _ImageWriter:
         else:
             local = [(a - start, b - start) for a, b in changed]
             self._set(unit.page, slot, self._store_delta(old, local, chunk, tool))
+
+    def _is_bad(self, old: Leaf) -> bool:
+        return bool(self.job.bad) and not self.job.bad.isdisjoint((old.base, *old.deltas))
 
     def _chain_full(self, old: Leaf, changed: Ranges, length: int) -> bool:
         """Whether the list of deltas over a chunk of `length` bytes is full, by count or size."""

@@ -33,19 +33,18 @@ from offload.engine.chunkindex import Location
 from offload.engine.fences import look_for_fences
 from offload.engine.manifests import read_folds, read_manifest
 from offload.engine.packwriter import Compressor, PackWriter
-from offload.engine.pins import HeldPin, PinKind, drop_pin, images_of, pinned_manifest
+from offload.engine.pins import HeldPin, PinKind, drop_pin, pinned_manifest
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
-from offload.engine.tombstones import look
 from offload.engine.transfer import Rekeyer, WantedPage, changed_leaf_pages, send, wanted_pages
 from offload.engine.tree import TreeBuilder, TreeReader
 from offload.engine.work import run_workers
 from offload.engine.writeimage import Job, write_image
+from offload.engine.writing import Writing, writing
 from offload.errors import (
     IntegrityError,
     NotFoundError,
     OffloadError,
-    UnavailableError,
     UsageError,
 )
 from offload.format import layout
@@ -145,11 +144,11 @@ class _Run:
         self.progress = progress
         self.unreadable: list[Copied] = []
         self.backups = {str(m.backup.id): m for m in self._manifests()}
-        there = dict(_origins(target))
+        there = dict(origins_in(target))
         self.there = {  # id in the source → id in the target
             ident: there[key]
             for ident, manifest in self.backups.items()
-            if (key := _origin(manifest, source)) in there
+            if (key := origin_of(manifest, source)) in there
         }
 
     def copies(self) -> Iterator[Copied]:
@@ -219,7 +218,7 @@ def _failed(ident: str, group: str, error: OffloadError) -> Copied:
     return Copied(backup=ident, copy="", group=group, how="failed", error=error.message)
 
 
-def _origin(manifest: Manifest, repository: Repository) -> tuple[str, str]:
+def origin_of(manifest: Manifest, repository: Repository) -> tuple[str, str]:
     """The ids of the store and the backup that this is, or is a copy of."""
     origin = manifest.copied_from
     if origin is None:
@@ -227,14 +226,14 @@ def _origin(manifest: Manifest, repository: Repository) -> tuple[str, str]:
     return origin["store"], origin["backup"]
 
 
-def _origins(target: Repository) -> Iterator[tuple[tuple[str, str], str]]:
+def origins_in(target: Repository) -> Iterator[tuple[tuple[str, str], str]]:
     """What a store holds, by what it is a copy of; its own backups too. What is damaged or was just
     deleted is nothing to rely on."""
     folds = read_folds(target)
     for name in target.store.list(layout.MANIFESTS):
         ident = name.removeprefix(layout.MANIFESTS)
         with suppress(NotFoundError, IntegrityError):
-            yield _origin(read_manifest(target, ident, folds=folds), target), ident
+            yield origin_of(read_manifest(target, ident, folds=folds), target), ident
 
 
 class _Copying:
@@ -255,7 +254,7 @@ class _Copying:
         self.progress = progress
         self.id = BackupId(new_id())
         free = Watermark.parse(ctx.instance.config.store(request.target).min_free)
-        self.batches = Batches(op, target, self.id, free)
+        self.batches = Batches(op, target, free)
         self.read_bytes = 0
         self._mutex = threading.Lock()
 
@@ -267,16 +266,12 @@ class _Copying:
         )
         with (
             pinned_manifest(self.source, ident, self.request.source) as (manifest, _),
-            HeldPin(self.target, PinKind.WRITER, ident=self.id) as pin,
+            writing(self.target, self.id) as held,
         ):
-            step("copy.pin.put")
-            sight = look(self.target)
-            pin.seen(list(sight.tombstones))
-            self.target.index.rely_on(sight.reliable)
-            parent = self._parent(manifest.backup, pin)
+            parent = self._parent(manifest.backup, held)
             images = tuple(self._image(image, parent) for image in manifest.backup.images)
             step("copy.images.written")
-            done = self._publish(manifest, images, parent, pin)
+            done = self._publish(manifest, images, parent, held)
         self.ctx.catalog.add_backup(done)
         self.op.done("catalog")
         return Copied(
@@ -297,25 +292,20 @@ class _Copying:
 
     # -- the parent ------------------------------------------------------------------------------
 
-    def _parent(self, backup: Backup, pin: HeldPin) -> _Parent | None:
+    def _parent(self, backup: Backup, held: Writing) -> _Parent | None:
         """The newest backup up to this one that both stores have, pinned in the target."""
         folds = read_folds(self.source)
         known = []
         for ident in self.there:
-            try:
-                before = read_manifest(self.source, ident, self.request.source, folds).backup
-            except (NotFoundError, IntegrityError):
-                continue
-            if before.created_at <= backup.created_at and before.group == backup.group:
-                known.append(before)
-        for before in sorted(known, key=lambda b: (b.created_at, b.id), reverse=True):
-            copy = self.there[before.id]
             with suppress(NotFoundError, IntegrityError):
-                pinned = read_manifest(self.target, copy, self.request.target).backup
-                pin.pin(images_of(pinned))
-                again = read_manifest(self.target, copy, self.request.target).backup
-                if images_of(again) == images_of(pinned):
-                    return _Parent(before, pinned)
+                before = read_manifest(self.source, ident, self.request.source, folds).backup
+                if before.created_at <= backup.created_at and before.group == backup.group:
+                    known.append(before)
+        for before in sorted(known, key=lambda b: (b.created_at, b.id), reverse=True):
+            with suppress(IntegrityError):
+                there = held.parent(self.there[before.id], self.request.target)
+                if there is not None:
+                    return _Parent(before, there)
         return None
 
     def _trees(
@@ -432,9 +422,9 @@ class _Copying:
 
     def _publish(
         self, manifest: Manifest, images: tuple[ImageRecord, ...], parent: _Parent | None,
-        pin: HeldPin,
+        held: Writing,
     ) -> Backup:  # fmt: skip
-        first, ident = _origin(manifest, self.source)
+        first, ident = origin_of(manifest, self.source)
         done = replace(
             manifest.backup,
             id=self.id,
@@ -451,30 +441,14 @@ class _Copying:
             software=f"offload {__version__}",
             copied_from={"store": first, "backup": ident},
         )
-        name = layout.manifest_name(self.id)
-        pin.check()
+        held.pin.check()
         step("copy.manifest.before")
+        name = layout.manifest_name(self.id)
         self.target.store.put(name, [encode_manifest(made, self.target.keys)])
         step("copy.manifest.written")
-        try:
-            pin.look()
-            _check_relied(self.target)
-        except OffloadError:
-            self.target.store.delete(name)
-            raise
+        held.confirm(self.batches.packs)
         step("copy.manifest.counts")
         return done
-
-
-def _check_relied(target: Repository) -> None:
-    """The packs that the copy builds on are still there."""
-    gone = target.index.relied - set(target.store.list(layout.PACKS))
-    if gone:
-        raise UnavailableError(
-            f"{len(gone)} packs that the copy was built on went while it was made",
-            code="given-up",
-            hint="run it again",
-        )
 
 
 def _tree(repository: Repository, image: ImageRecord) -> TreeReader:
@@ -522,15 +496,13 @@ class _PagePutter:
 
 class Batches:
     """Writers one after the other, each with an index object of its own: what one of them has sent
-    stays when the next is killed. Their names begin with that of the whole."""
+    stays when the next is killed."""
 
-    def __init__(
-        self, op: Operation, repository: Repository, ident: str, min_free: Watermark
-    ) -> None:
+    def __init__(self, op: Operation, repository: Repository, min_free: Watermark) -> None:
         self.op = op
         self.repository = repository
-        self.ident = ident
         self.stored_bytes = 0
+        self.packs: set[str] = set()
         self._min_free = min_free
         self._count = 0
 
@@ -541,10 +513,15 @@ class Batches:
         name = new_id()
         store = self.repository.store.spec.text()
         self.op.intend(f"batch-{self._count}", "abort-packs", {"store": store, "writer": name})
-        with PackWriter(self.repository, name, min_free=self._min_free) as writer:
+        # a pin of its own: prune leaves the packs of a writer that has one
+        with (
+            HeldPin(self.repository, PinKind.WRITER, ident=name),
+            PackWriter(self.repository, name, min_free=self._min_free) as writer,
+        ):
             yield writer
             writer.finish()
         self.stored_bytes += writer.stored_bytes
+        self.packs |= writer.packs.keys()
         self.op.done(f"batch-{self._count}")
 
 
@@ -558,6 +535,7 @@ def undo_packs(instance: Instance, catalog: Catalog, args: Mapping[str, str]) ->
         if not store.exists(layout.index_name(args["writer"])):
             stores.remove_packs(store, args["writer"])
         stores.sweep_temporary(store, args["writer"])
+        drop_pin(store, args["writer"])
     finally:
         store.close()
 

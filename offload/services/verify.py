@@ -120,7 +120,7 @@ def verify(
             )  # fmt: skip
             count += run.everything() if all_backups else run.named(named)
     return VerifyReport(
-        problems=tuple(_merge(tally.problems)),
+        problems=tuple(merged(tally.problems)),
         backups=count,
         checked_bytes=tally.checked_bytes,
         chunks=tally.chunks,
@@ -254,7 +254,7 @@ class _Run:
             self.ctx.catalog.note_verified(backup.id, now, how, hits)
 
 
-def _merge(problems: Sequence[verify_packs.Found]) -> Iterator[Problem]:
+def merged(problems: Sequence[verify_packs.Found]) -> Iterator[Problem]:
     """Neighbouring ranges of one volume with one cause as one problem."""
     ranges: dict[tuple[str, str, str, str], list[tuple[int, int]]] = defaultdict(list)
     for p in problems:
