@@ -26,7 +26,10 @@ KEPT = timedelta(days=365)  # how long fences and voids stay: nobody stalls for 
 
 
 def look_for_fences(store: Store, writer: str) -> bool:
-    """Whether any prune has given the writer up, or is about to."""
+    """Whether any prune has given the writer up, or is about to.
+
+    Fences first: one that has gone before it was looked for has left a void, or meant nothing.
+    """
     fences = store.list(f"{layout.FENCES}{writer}/")
     return next(iter(fences), None) is not None or store.exists(layout.void_name(writer))
 
@@ -52,6 +55,7 @@ def give_up(repository: Repository, writer: str, prune: str) -> bool:
     with contextlib.suppress(BusyError):  # another prune was faster
         repository.put_sealed(layout.void_name(writer), {**note, "format": "offload-void"})
     step("prune.void.put")
+    store.delete(fence)
     return True
 
 

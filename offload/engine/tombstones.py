@@ -79,6 +79,7 @@ class Sight:
 
     packs: Mapping[str, int]  # all that are there, in bytes
     tombstones: Mapping[str, Tombstone]
+    vanished: frozenset[str]  # packs that an index object names and that are not there
 
     @property
     def dead(self) -> frozenset[str]:
@@ -99,7 +100,8 @@ def look(repository: Repository, known: Mapping[str, Tombstone] | None = None) -
     """
     tombstones = read_tombstones(repository, known)
     repository.refresh()
+    named = frozenset(repository.index.packs())  # before the packs: a later one is not in the list
     packs = {info.name: info.size_bytes for info in repository.store.infos(layout.PACKS)}
-    sight = Sight(packs=packs, tombstones=tombstones)
+    sight = Sight(packs=packs, tombstones=tombstones, vanished=named - packs.keys())
     repository.index.avoid = sight.dead
     return sight
