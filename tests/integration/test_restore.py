@@ -17,7 +17,7 @@ import pytest
 
 from offload import procs, qemu_nbd, run
 from offload.cli.main import run as offload
-from offload.journal import CRASH_ENV
+from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.testing.pools import loop_device
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -316,6 +316,32 @@ def test_restore_to_nbd_killed_goes_on(place: Place) -> None:
         assert report["resumed_bytes"] == left["done_bytes"]
         assert place.unfinished() == []
     assert disk.read_bytes() == place.content
+
+
+@pytest.mark.parametrize("words", [(), ("--diff", "--yes")])
+def test_restore_to_nbd_killed_at_each_step_goes_on(place: Place, words: tuple[str, ...]) -> None:
+    disk, trace = place.folder / "disk", place.folder / "trace"
+    disk.write_bytes(os.urandom(SIZE))
+    with nbd_server(place, disk) as uri:
+        traced = place.apart(
+            "restore", place.backup, "--to", uri, *words, **{TRACE_ENV: str(trace)}
+        )
+        assert traced.status == 0, traced.stderr
+        steps = list(dict.fromkeys(trace.read_text().split()))
+        assert {"restore.checkpoint", "restore.finished"} <= set(steps)
+        for step in steps:
+            disk.write_bytes(os.urandom(SIZE))
+            place.killed(step, uri, *words)
+            begun = steps.index(step) > steps.index("restore.target.done")
+            whole = steps.index(step) >= steps.index("restore.finished")
+            left = place.unfinished()
+            assert len(left) == (begun and not whole and step != "restore.copied"), step
+            if whole or step == "restore.copied":
+                assert disk.read_bytes() == place.content, step
+            report = place.restore(uri, *words)
+            assert report["resumed_bytes"] == sum(entry["done_bytes"] for entry in left)
+            assert disk.read_bytes() == place.content, step
+            assert place.unfinished() == []
 
 
 def test_restore_to_nbd_overwritten_meanwhile_is_written_from_the_start(place: Place) -> None:
