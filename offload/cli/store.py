@@ -139,6 +139,7 @@ def show(ctx: click.Context, name: str) -> None:
         "offload store check main",
         "offload store check main --rebuild-catalog",
         "offload store check main --rebuild-index",
+        "offload store check main --expect-head 1f0c6e2a77b04d91",
     ],
 )
 @click.argument("name", shell_complete=complete.stores)
@@ -152,8 +153,19 @@ def show(ctx: click.Context, name: str) -> None:
     is_flag=True,
     help="Make lost or damaged index objects anew, from the packs themselves.",
 )
+@click.option(
+    "--expect-head",
+    metavar="HASH",
+    help="A head that was noted before: a problem if the chain of backups lacks it.",
+)
 @click.pass_context
-def check(ctx: click.Context, name: str, rebuild_catalog: bool, rebuild_index: bool) -> None:
+def check(
+    ctx: click.Context,
+    name: str,
+    rebuild_catalog: bool,
+    rebuild_index: bool,
+    expect_head: str | None,
+) -> None:
     """Check a store's structure, without reading the data: that is `offload verify`.
 
     The exit code is 7 if something is wrong.
@@ -164,7 +176,11 @@ def check(ctx: click.Context, name: str, rebuild_catalog: bool, rebuild_index: b
     opened = changing_context if rebuild_catalog or rebuild_index else reading_context
     with opened(settings) as context:
         report = stores.check(
-            context, name, rebuild_catalog=rebuild_catalog, rebuild_index=rebuild_index
+            context,
+            name,
+            rebuild_catalog=rebuild_catalog,
+            rebuild_index=rebuild_index,
+            expect_head=expect_head,
         )
     emit(settings, report, lambda: _checked(report))
     if report.problems:
@@ -181,6 +197,8 @@ def _checked(report: CheckReport) -> None:
         click.echo(f"PROBLEM: {problem}")
     counts = (count_of(report.backups, "backup"), count_of(report.packs, "pack"))
     click.echo(f"{', '.join(counts)}, {count_of(report.chunks, 'chunk')} looked at")
+    if report.head is not None:
+        click.echo(f"head of the chain of backups: {report.head}")
     if report.orphan_packs:
         orphans = count_of(len(report.orphan_packs), "pack")
         click.echo(f"not in the index: {orphans}; offload prune removes what no backup needs")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from offload import compose
 from offload.catalog.store import Catalog
+from offload.engine.manifests import Folds, read_folds, read_manifest
 from offload.engine.pins import drop_pin
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
 from offload.errors import IntegrityError, NotFoundError, OffloadError, UnavailableError
 from offload.format import layout
 from offload.format.index import decode_index
-from offload.format.manifest import Manifest, decode_manifest
+from offload.format.manifest import Manifest
 from offload.format.pack import read_footer
 from offload.ids import new_id
 from offload.model import Backup, BackupSource, ImageRecord
+from offload.services import chain
 from offload.services.context import Context
 from offload.store import Exclusive, Store, Sweepable
 from offload.storespec import StoreSpec
@@ -58,6 +60,7 @@ class CheckReport:
     backups: int
     orphan_packs: tuple[str, ...]  # packs that no index object knows: `prune` removes them
     rebuilt: int | None  # backups entered in the catalog, with --rebuild-catalog
+    head: str | None  # of the chain of manifests
 
 
 def spec_of(ctx: Context, name: str) -> StoreSpec:
@@ -200,22 +203,33 @@ def adopt(catalog: Catalog, backups: Sequence[Backup]) -> None:
 
 
 def manifests(repository: Repository, store: str) -> Iterator[tuple[str, Manifest | OffloadError]]:
-    """Every manifest of a store by object name, decoded, or what is wrong with it."""
+    """Every manifest of a store by object name, as it is read now, or what is wrong with it."""
+    folds: Folds | None = None  # each manifest says for itself that they cannot be read
+    with suppress(IntegrityError, UnavailableError):
+        folds = read_folds(repository)
     for name in repository.store.list(layout.MANIFESTS):
+        ident = name.removeprefix(layout.MANIFESTS)
         try:
-            yield name, decode_manifest(name, repository.store.get(name), repository.keys, store)
+            yield name, read_manifest(repository, ident, store, folds)
         except (IntegrityError, UnavailableError, NotFoundError) as error:
             yield name, error
 
 
 def check(
-    ctx: Context, name: str, *, rebuild_catalog: bool = False, rebuild_index: bool = False
+    ctx: Context,
+    name: str,
+    *,
+    rebuild_catalog: bool = False,
+    rebuild_index: bool = False,
+    expect_head: str | None = None,
 ) -> CheckReport:
-    """Check a store's structure without reading the data: seals, footers, trees, references.
+    """Check a store's structure without reading the data: seals, footers, trees, references, and
+    that it shows what the catalog knows and, with `expect_head`, what was noted.
 
     `rebuild_catalog` enters what the store holds into the catalog, and drops what it does not.
     `rebuild_index` first makes the index anew from the packs; it needs the store for itself alone.
     """
+    chain.check_expected(expect_head)
     if rebuild_index:
         with opened(ctx, name, exclusive=True) as repository:
             _rebuild_index(repository)
@@ -224,11 +238,13 @@ def check(
         checker.indexes()
         checker.packs()
         backups = checker.backups()
+        shown = chain.read_chain(repository)
         rebuilt = None
         if rebuild_catalog:
             ctx.catalog.replace_backups(name, backups)
             adopt(ctx.catalog, backups)
             rebuilt = len(backups)
+        checker.problems += chain.missing(shown, ctx.catalog, name, expect_head)
         return CheckReport(
             name=name,
             problems=tuple(checker.problems),
@@ -237,6 +253,7 @@ def check(
             backups=len(backups),
             orphan_packs=tuple(checker.orphans),
             rebuilt=rebuilt,
+            head=shown.head,
         )
 
 

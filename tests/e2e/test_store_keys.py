@@ -296,6 +296,27 @@ def test_last_way_in_is_never_removed(site: Keyed) -> None:
     site.readable()
 
 
+def test_newest_backup_that_is_hidden_is_found_out_by_catalog_and_noted_head(site: Keyed) -> None:
+    first = site.ask("store", "check", "main")["head"]
+    newest = site.ask("backup", "shop")["backup"]["id"]
+    head = site.ask("store", "check", "main", "--expect-head", first)["head"]
+    assert head != first
+    site.ok("store", "check", "main", "--expect-head", head[:16])
+    assert site.refused("store", "check", "main", "--expect-head", head[:15]) == ("bad-head", 2)
+    (site.store / "manifests" / newest).unlink()
+    hidden = site.run("store", "check", "main")
+    assert hidden.status == 7
+    assert f"backup {newest} is known to the catalog" in hidden.stdout
+    site.ok("store", "check", "main", "--rebuild-catalog")
+    site.ok("store", "check", "main")  # who knows nothing else is shown nothing wrong
+    noted = site.run("store", "check", "main", "--expect-head", head)
+    assert noted.status == 7
+    assert "lacks the head" in noted.stdout
+    site.ok("backup", "shop")  # and it does not come back by what is written afterwards
+    assert site.run("store", "check", "main", "--expect-head", head).status == 7
+    site.ok("store", "check", "main", "--expect-head", first)
+
+
 def test_rotation_drops_what_is_not_proven_and_all_stays_readable(site: Keyed) -> None:
     phrase = site.secret("phrase", "kept")
     site.ok("key", "add", "main", "--passphrase-file", str(phrase))
