@@ -30,8 +30,8 @@ from datetime import UTC, datetime
 
 from offload import __version__, compose
 from offload.catalog.store import Catalog
-from offload.engine.fences import look_for_fences
 from offload.engine.damage import known_damage
+from offload.engine.fences import look_for_fences
 from offload.engine.packwriter import PackWriter
 from offload.engine.repository import Repository
 from offload.engine.retention_lock import Built, lock_references
@@ -107,12 +107,14 @@ class _Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parent:
-    """What an image is compared with. `changed` None: everything has to be read."""
+    """What an image is compared with. `changed` None: everything has to be read. `bad`: chunks of
+    it that cannot be read; what they hit counts as changed."""
 
     backup: str
     tree: TreeReader | None
     changed: Ranges | None
     reason: str
+    bad: frozenset[bytes] = frozenset()
 
 
 def backup(
@@ -377,6 +379,7 @@ class _Run:
                 shape=self.repository.shape(entry.image.size_bytes),
                 parent=parent.tree,
                 changed=parent.changed,
+                bad=parent.bad,
                 advance=lambda count: self._advance(entry.volume, count),
             )
             return write_image(job, writer)
@@ -414,14 +417,21 @@ class _Run:
             return _no_parent("the volume was made anew since the parent backup")
         shape = self.repository.shape(record.size_bytes)
         tree = TreeReader(self.repository, bytes.fromhex(record.root), shape)
+        hurt = known_damage(self.repository, record)
+        if hurt.pages:
+            return _no_parent("the parent backup is damaged: its tree cannot be read")
         with ExitStack() as stack:
             older = self._parent_snapshot(link.timemark if link else None, entry, stack)
             if older is None or entry.snapshot is None:
                 reason = "the parent's TimeMark is gone from the storage: all data was read"
-                return _Parent(backup=known.id, tree=tree, changed=None, reason=reason)
+                return _Parent(
+                    backup=known.id, tree=tree, changed=None, reason=reason, bad=hurt.ids
+                )
             changed = self._changed(older, entry.snapshot)
         reason = "" if changed is not None else "the storage cannot say what changed"
-        return _Parent(backup=known.id, tree=tree, changed=changed, reason=reason)
+        if changed is not None:
+            changed = normalize([*changed, *hurt.ranges])
+        return _Parent(backup=known.id, tree=tree, changed=changed, reason=reason, bad=hurt.ids)
 
     def _changed(self, older: Snapshot, newer: Snapshot) -> Ranges | None:
         provider = compose.snapshot_provider(newer.provider, self.ctx.instance.id)

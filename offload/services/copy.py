@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -33,14 +33,15 @@ from offload.engine.chunkindex import Location
 from offload.engine.fences import look_for_fences
 from offload.engine.manifests import read_folds, read_manifest
 from offload.engine.packwriter import Compressor, PackWriter
-from offload.engine.pins import HeldPin, PinKind, drop_pin, pinned_manifest
+from offload.engine.pins import HeldPin, PinKind, pinned_manifest
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
+from offload.engine.retention_lock import Built, lock_references
 from offload.engine.transfer import Rekeyer, WantedPage, changed_leaf_pages, send, wanted_pages
 from offload.engine.tree import TreeBuilder, TreeReader
 from offload.engine.work import run_workers
 from offload.engine.writeimage import Job, write_image
-from offload.engine.writing import Writing, writing
+from offload.engine.writing import Writing, is_firm, writing
 from offload.errors import (
     IntegrityError,
     NotFoundError,
@@ -60,7 +61,6 @@ from offload.services import backups as finished
 from offload.services import stores
 from offload.services.backup import newest_manifest
 from offload.services.context import Context
-from offload.store import Store
 
 Advance = Callable[[int], None]
 
@@ -255,6 +255,7 @@ class _Copying:
         self.id = BackupId(new_id())
         free = Watermark.parse(ctx.instance.config.store(request.target).min_free)
         self.batches = Batches(op, target, free)
+        self.trees: list[Built] = []
         self.read_bytes = 0
         self._mutex = threading.Lock()
 
@@ -340,6 +341,8 @@ class _Copying:
             case _:
                 root = self._new_cut(image, parent, there, advance)
         self.progress.finish(task)
+        parent_root = there.root if there is not None else None
+        self.trees.append(Built(root=root, size_bytes=image.size_bytes, parent=parent_root))
         step(f"copy.image.{image.volume}")
         stored = self.batches.stored_bytes - before
         return replace(image, root=root.hex(), stored_bytes=stored)
@@ -441,10 +444,12 @@ class _Copying:
             software=f"offload {__version__}",
             copied_from={"store": first, "backup": ident},
         )
-        held.pin.check()
+        held.pin.look()
+        locked = lock_references(self.target, self.trees, self.batches.packs)
         step("copy.manifest.before")
         name = layout.manifest_name(self.id)
-        self.target.store.put(name, [encode_manifest(made, self.target.keys)])
+        raw = encode_manifest(made, self.target.keys)
+        self.target.store.put(name, [raw], retain_until=locked)
         step("copy.manifest.written")
         held.confirm(self.batches.packs)
         step("copy.manifest.counts")
@@ -532,34 +537,23 @@ def undo_packs(instance: Instance, catalog: Catalog, args: Mapping[str, str]) ->
     """Remove the packs of a batch whose index object is not out; others may build on the rest."""
     store = compose.open_store(args["store"])
     try:
-        if not store.exists(layout.index_name(args["writer"])):
-            stores.remove_packs(store, args["writer"])
-        stores.sweep_temporary(store, args["writer"])
-        drop_pin(store, args["writer"])
+        with closing(Repository.open(store, instance.cache_dir)) as repository:
+            stores.remove_unfinished(repository, args["writer"])
     finally:
         store.close()
 
 
 def undo_copy(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    """Enter a copy whose manifest is out and counts, take one back that does not, let go of the
-    pin."""
+    """Enter a copy whose manifest is out and counts, take one back that does not; the pin goes
+    last."""
     store = compose.open_store(args["store"])
     try:
-        name = layout.manifest_name(args["backup"])
-        if store.exists(name):
-            if look_for_fences(store, args["backup"]):
-                store.delete(name)
-            else:
-                _adopt(store, instance, catalog, args)
-        stores.sweep_temporary(store, args["backup"])
-        drop_pin(store, args["backup"])
+        name, ident = layout.manifest_name(args["backup"]), args["backup"]
+        if store.exists(name) and not is_firm(store) and look_for_fences(store, ident):
+            store.delete(name)
+        with closing(Repository.open(store, instance.cache_dir)) as repository:
+            if store.exists(name):
+                catalog.add_backup(read_manifest(repository, ident, args["name"]).backup)
+            stores.remove_unfinished(repository, ident)
     finally:
         store.close()
-
-
-def _adopt(store: Store, instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    repository = Repository.open(store, instance.cache_dir)
-    try:
-        catalog.add_backup(read_manifest(repository, args["backup"], args["name"]).backup)
-    finally:
-        repository.index.close()

@@ -210,8 +210,10 @@ def test_copy_killed_at_any_step_is_taken_back_or_whole_and_goes_on(
         site.back_up()
     trace = tmp_path / "trace"
     assert site.run(COPY, **{TRACE_ENV: str(trace)}).returncode == 0
-    steps = dict.fromkeys(trace.read_text().split())
+    steps = list(dict.fromkeys(trace.read_text().split()))
     assert "copy.manifest.written" in steps
+    if way == "new-key":  # what differs from the other way is how packs are filled
+        steps = [name for name in steps if name.startswith(("store.", "copy.batch-1."))]
     for name in steps:
         for ident in site.objects("away", "manifests"):
             (site.folder / "away" / ident).unlink()
