@@ -22,7 +22,7 @@ from offload.configs.base import Model, Seconds, absolute_path
 from offload.configs.hypervisors import HypervisorConfig
 from offload.configs.quiesce import LibvirtFreeze, QuiesceConfig, VmConfig, VmwareFreeze
 from offload.configs.stores import StoreConfig
-from offload.configs.targets import IscsiConfig, NbdConfig, OverlayConfig
+from offload.configs.targets import CacheConfig, IscsiConfig, NbdConfig, OverlayConfig
 from offload.errors import ConfigError, NotFoundError
 from offload.model import Consistency, Volume
 from offload.quantity import Watermark
@@ -131,6 +131,7 @@ class Config(Model):
     nbd: NbdConfig = NbdConfig()
     iscsi: IscsiConfig = IscsiConfig()
     overlays: OverlayConfig = OverlayConfig()
+    cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
     def _names(self) -> Config:

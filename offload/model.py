@@ -188,10 +188,11 @@ class BackupSource:
     size_bytes: int
     cache_dir: Path  # where the local chunk index lives
     sector_size: int = 512
+    # for views of stores that are far
     block_dir: Path | None = None  # of the cache on disk; None: `blocks` in `cache_dir`
     cache_bytes: int = 0  # bound of the cache on disk; 0: none
-    memory_bytes: int = 16 << 20  # of decoded chunks, in a process
-    ahead_bytes: int = 8 << 20  # how far a stream is read ahead
+    memory_bytes: int = 0  # of decoded chunks, in a process; 0: as for a store that is near
+    ahead_bytes: int = 0  # how far a stream is read ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

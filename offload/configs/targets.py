@@ -1,4 +1,4 @@
-"""`[nbd]`, `[iscsi]` and `[overlays]`: where and to whom views are exposed."""
+"""`[nbd]`, `[iscsi]`, `[overlays]` and `[cache]`: where and to whom views are exposed, and how."""
 
 from __future__ import annotations
 
@@ -115,4 +115,24 @@ class OverlayConfig(Model):
     @classmethod
     def _share(cls, value: str) -> str:
         Watermark.parse(value)
+        return value
+
+
+class CacheConfig(Model):
+    """`[cache]`: what is kept of backups that are read as views, from stores that are far (S3)."""
+
+    folder: Path | None = None  # default: `cache/blocks` in the state folder
+    disk: str = "4GiB"  # of all views together; "0" keeps nothing
+    memory: str = "16MiB"  # decoded chunks, of each view
+    read_ahead: str = "8MiB"  # how far a stream is read ahead; at most half of memory; "0": not
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return absolute_path(value)
+
+    @field_validator("disk", "memory", "read_ahead")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        parse_size(value)
         return value

@@ -107,7 +107,7 @@ class StoredImage:
             start, stop = self.shape.slot_range(slot)
             upto = min(end, stop)
             part = buffer[at - offset : upto - offset]
-            chunk = self._chunk(slot, keep=len(part) < stop - start)
+            chunk = self.chunk(slot, keep=len(part) < stop - start)
             if chunk is None:
                 part[:] = bytes(len(part))
             elif len(part) == len(chunk):
@@ -116,7 +116,8 @@ class StoredImage:
                 part[:] = memoryview(chunk)[at - start : upto - start]
             at = upto
 
-    def _chunk(self, slot: int, *, keep: bool) -> bytes | bytearray | None:
+    def chunk(self, slot: int, *, keep: bool) -> bytes | bytearray | None:
+        """The content of a slot, None where it is zeros. `keep`: it will be asked for again."""
         with self._mutex:
             known = self._chunks.get(slot)
             if known is not None:

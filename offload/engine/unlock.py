@@ -22,7 +22,6 @@ from offload.format.keyfile import (
 )
 from offload.format.keys import KeyRing, Keys, ring_keys
 from offload.format.layout import Parameters
-from offload.secret_file import read_secret
 from offload.store import Store
 from offload.storespec import KeySource
 
@@ -35,6 +34,8 @@ def read_source(source: KeySource) -> Secret:
     `secret-invalid`, `key-invalid`, `key-command-failed`)."""
     if source.kind == "command":
         return Secret(kind=WrapperKind.PASSPHRASE, value=_said(source.value))
+    from offload.secret_file import read_secret  # a heavy library: not for servers of plain stores
+
     path = Path(source.value[0])
     if source.kind == "passphrase-file":
         text = read_secret(path, "passphrase").get_secret_value()

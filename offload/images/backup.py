@@ -5,16 +5,23 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from offload import compose
+from offload.engine.blockcache import BlockCache, CachedStore
 from offload.engine.pins import pinned_manifest
+from offload.engine.readahead import ReadAhead
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
+from offload.engine.slots import SlotReader
 from offload.errors import NotFoundError
 from offload.model import BackupSource
-from offload.store import Exclusive
+from offload.store import Exclusive, Store
 
 
 class BackupImage(StoredImage):
-    """A `StoredImage` that owns its repository; a pin keeps what it reads while it is open."""
+    """A `StoredImage` that owns its repository; a pin keeps what it reads while it is open.
+
+    Of a store that is far (not a folder of this machine) it is read ahead, and through a cache on
+    disk.
+    """
 
     def __init__(self, source: BackupSource) -> None:
         with ExitStack() as stack:
@@ -22,7 +29,9 @@ class BackupImage(StoredImage):
             stack.callback(store.close)
             if isinstance(store, Exclusive) and store.exclusion_is_sound():
                 stack.enter_context(store.lock(exclusive=False, wait_s=10))
-            repository = Repository.open(store, source.cache_dir)
+            cache = _cache_of(source, store)
+            seen = store if cache is None else CachedStore(store, cache)
+            repository = Repository.open(seen, source.cache_dir)
             stack.callback(repository.close)
             manifest, _ = stack.enter_context(pinned_manifest(repository, source.backup))
             record = manifest.backup.image(source.volume)
@@ -34,12 +43,48 @@ class BackupImage(StoredImage):
             super().__init__(
                 repository, bytes.fromhex(record.root), record.size_bytes, record.sector_size
             )
+            self._ahead = (
+                _read_ahead(self, source, store, cache)
+                if source.memory_bytes and _is_far(store)
+                else None
+            )
+            if self._ahead is not None:
+                stack.callback(self._ahead.close)
             self._held = stack.pop_all()
+
+    def chunk(self, slot: int, *, keep: bool) -> bytes | bytearray | None:
+        """The content of a slot; see `StoredImage`."""
+        if self._ahead is None:
+            return super().chunk(slot, keep=keep)
+        return self._ahead.get(slot)
 
     def close(self) -> None:
         """Close the repository and let go of the store. Idempotent."""
         super().close()
         self._held.close()
+
+
+def _is_far(store: Store) -> bool:
+    """Whether a read is a round trip: what can be held alone is a folder of this machine."""
+    return not isinstance(store, Exclusive)
+
+
+def _cache_of(source: BackupSource, store: Store) -> BlockCache | None:
+    if not source.cache_bytes or not _is_far(store):
+        return None
+    return BlockCache(source.block_dir or source.cache_dir / "blocks", source.cache_bytes)
+
+
+def _read_ahead(
+    image: StoredImage, source: BackupSource, store: Store, cache: BlockCache | None
+) -> ReadAhead:
+    chunk = image.shape.chunk_bytes
+    return ReadAhead(
+        SlotReader(image, store, cache),
+        image.shape.slots,
+        ahead=source.ahead_bytes // chunk,
+        memory=max(source.memory_bytes // chunk, 2),
+    )
 
 
 def open_backup_image(source: BackupSource) -> BackupImage:

@@ -34,10 +34,20 @@ from offload.holds import claim_view, hold_timemark
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.journal import Operation
-from offload.model import Connection, Exposure, HomeSource, View, ViewId, ViewState
+from offload.model import (
+    BackupSource,
+    Connection,
+    Exposure,
+    HomeSource,
+    Source,
+    View,
+    ViewId,
+    ViewState,
+)
 from offload.origin import NAME, Origin, OriginKind, parse_origin
 from offload.overlay import Usage
 from offload.progress import NoProgress, Progress
+from offload.quantity import parse_size
 from offload.services import connect, director, overlays, points, timemark
 from offload.services.context import Context
 from offload.services.points import Point
@@ -110,7 +120,7 @@ def mount(
         for number, point in enumerate(found, 1):
             name = options.name or _free_name(point, taken)
             taken.add(name)
-            view = _planned(point, name, options)
+            view = _planned(ctx, point, name, options)
             _make_overlay(ctx, op, number, view)
             op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
             view = _exported(ctx, view, view.exposure)
@@ -341,7 +351,21 @@ def _free_name(point: Point, taken: set[str]) -> str:
 # -- servers and rows -------------------------------------------------------------------------
 
 
-def _planned(point: Point, name: str, options: MountOptions) -> View:
+def _cached(ctx: Context, source: Source) -> Source:
+    """A backup that many small reads will come to: with the caches of the configuration."""
+    if not isinstance(source, BackupSource):
+        return source
+    cache = ctx.instance.config.cache
+    return replace(
+        source,
+        block_dir=cache.folder,
+        cache_bytes=parse_size(cache.disk),
+        memory_bytes=parse_size(cache.memory),
+        ahead_bytes=parse_size(cache.read_ahead),
+    )
+
+
+def _planned(ctx: Context, point: Point, name: str, options: MountOptions) -> View:
     """The view before it is served: its id is journalled first."""
     return View(
         id=ViewId(new_id()),
@@ -353,7 +377,7 @@ def _planned(point: Point, name: str, options: MountOptions) -> View:
         size_bytes=point.source.size_bytes,
         sector_size=point.source.sector_size,
         created_at=datetime.now(UTC),
-        source=point.source,
+        source=_cached(ctx, point.source),
         exposure=options.exposure,
         overlay_limit_bytes=options.overlay_limit_bytes or 0,
     )

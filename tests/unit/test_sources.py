@@ -33,6 +33,10 @@ EXAMPLES: tuple[Source, ...] = (
         user="client.a", size_bytes=7, sector_size=4096,
     ),
     BackupSource(store="/store", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c")),
+    BackupSource(
+        store="s3://b", backup="b1", volume="v", size_bytes=7, cache_dir=Path("/c"),
+        block_dir=Path("/d"), cache_bytes=1, memory_bytes=2, ahead_bytes=3,
+    ),
     HomeSource(place="nbd://h:1/x y", size_bytes=7, sector_size=4096),
 )  # fmt: skip
 
