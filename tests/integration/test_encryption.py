@@ -1,5 +1,5 @@
-"""An encrypted store in the hands of who runs it: no bit, name or place can be changed unnoticed, and
-nothing of the data shows."""
+"""An encrypted store in the hands of who runs it: no bit, name or place can be changed unnoticed,
+nothing of the data shows, and what could not be read back is not written."""
 
 from __future__ import annotations
 
