@@ -52,6 +52,7 @@ class S3Store:
 
     multipart_above = 64 << 20  # bytes: a pack is one request
     part_bytes = 16 << 20
+    page_names = 1000  # of a listing; S3 gives no more
 
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
@@ -73,10 +74,15 @@ class S3Store:
             parts=tuple(parts),
             options={**put_options(self.spec), **self._lock_options(retain_until)},
         )
-        with self._translated(name):
-            if upload.size_bytes > self.multipart_above:
-                return self._uploader.put(upload, self.part_bytes)
-            return self._put_whole(upload)
+        try:
+            with self._translated(name):
+                if upload.size_bytes > self.multipart_above:
+                    return self._uploader.put(upload, self.part_bytes)
+                return self._put_whole(upload)
+        except UnavailableError as error:
+            if retain_until is not None and s3_errors.code_of(error.__cause__) == "InvalidRequest":
+                raise s3_errors.no_object_lock(self.url) from error
+            raise
 
     def _put_whole(self, upload: Upload) -> int:
         digest = checksum(upload.parts)
@@ -196,7 +202,9 @@ class S3Store:
     def _pages(self, operation: str, name: str, prefix: str) -> Iterator[dict[str, Any]]:
         """Each page is a request of its own, and tried again by itself."""
         ask = getattr(self.client, operation)
-        words = {"Bucket": self.place.bucket, "Prefix": prefix}
+        words: dict[str, Any] = {"Bucket": self.place.bucket, "Prefix": prefix}
+        if "uploads" not in operation:
+            words["MaxKeys"] = self.page_names
         while True:
             page = self._page(ask, name, words)
             yield page
@@ -205,7 +213,7 @@ class S3Store:
             follow = _NEXT[operation].items()
             words.update({theirs: page[said] for said, theirs in follow if said in page})
 
-    def _page(self, ask: Any, name: str, words: Mapping[str, str]) -> dict[str, Any]:
+    def _page(self, ask: Any, name: str, words: Mapping[str, Any]) -> dict[str, Any]:
         with self._translated(name):
             page: dict[str, Any] = self.traffic.call(lambda _tried: ask(**words))
         return page

@@ -46,7 +46,7 @@ _HOW_TO_SIGN = "give valid keys: profile or credentials_file of the store, or th
 _NO_LOCK = {"InvalidRequest", "ObjectLockConfigurationNotFoundError"}
 
 
-def code_of(error: BaseException) -> str:
+def code_of(error: BaseException | None) -> str:
     """S3's own code of an error; its HTTP status where the answer had no body; else nothing."""
     if not isinstance(error, boto.ClientError):
         return ""
@@ -134,17 +134,22 @@ def _unusual(error: boto.ClientError, code: str, url: str, name: str) -> Offload
             hint="restore it to a storage class that can be read at once",
         )
     if code in _NO_LOCK and "lock" in said.lower():
-        return PolicyError(
-            f"the bucket of the store {url} has no object lock: {said}",
-            code="no-object-lock",
-            hint="object lock is chosen when a bucket is made; make another one",
-        )
+        return no_object_lock(url)
     if code == "QuotaExceeded":
         return UnavailableError(f"the quota of the store {url} is used up", code="no-space")
     return UnavailableError(
         f"the store {url} fails at {error.operation_name} of {name or 'its bucket'}: "
         f"{said} (HTTP {status_of(error)})",
         code="store-unavailable",
+    )
+
+
+def no_object_lock(url: str) -> OffloadError:
+    """Servers do not agree on how they say it; some say nothing but that the request is wrong."""
+    return PolicyError(
+        f"the bucket of the store {url} has no object lock",
+        code="no-object-lock",
+        hint="object lock is chosen when a bucket is made; make another one",
     )
 
 
