@@ -139,6 +139,8 @@ def _data(report: PruneReport) -> dict[str, Any]:
         "packs_rewritten": report.packs_rewritten,
         "freed_bytes": report.freed_bytes,
         "live_bytes": report.live_bytes,
+        "folded": report.folded,
+        "folded_bytes": report.folded_bytes,
         "waiting": [
             {
                 "prune": waiting.prune,
@@ -171,6 +173,9 @@ def _show(report: PruneReport) -> None:
         f"{count_of(report.packs_deleted, 'pack')} deleted, "
         f"{report.packs_rewritten} rewritten; {show_size(report.live_bytes)} stay in use"
     )
+    if report.folded:
+        written = show_size(report.folded_bytes)
+        click.echo(f"folded {count_of(report.folded, 'delta')}, {written} written for that")
     for waiting in report.waiting:
         what = f"{count_of(waiting.packs, 'pack')}, {show_size(waiting.frees_bytes)}"
         whom = [f"until {show_time(waiting.until)}"] if waiting.until else []

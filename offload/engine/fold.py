@@ -132,10 +132,12 @@ def publish(
 
     `folds` are those that were read, `kept` the backups that exist: what earlier folds say of these
     is taken along, so that the new object alone is enough. Raises BusyError (`prune-given-up`), and
-    the object is gone again, if another prune has given this one up.
+    the object is gone again, if another prune has given this one up. Without new roots nothing is
+    put, and folds are replaced that no backup needs any more.
     """
     if not roots:
-        return []
+        needed = any(kept & old.backups.keys() for old in folds.objects.values())
+        return [] if needed else list(folds.objects)
     merged: dict[str, dict[str, str]] = {}
     for backup in sorted(kept):
         volumes = {v for old in folds.objects.values() for v in old.backups.get(backup, {})}

@@ -6,6 +6,9 @@ The protocol, and why it is safe: docs/design/store-protocol.md. Steps and what 
 | --- | --- |
 | 1 a pin says that a prune is at work | the pin: recovery takes it away, or it expires |
 | 2 manifests of the forgotten backups are deleted | their space: the next prune frees it |
+| 2a deltas that no kept backup ends at are merged into new packs | the packs: removed |
+| 2b an index object names these packs | chunks that nobody needs: the next prune frees them |
+| 2c `folds/PRUNE` has the new roots; earlier folds are deleted | both: the newest counts |
 | 3 live chunks of half-empty packs are copied to new packs | packs no index names: removed |
 | 4 an index object names the new packs | chunks at two places: the next prune drops one |
 | 5 a tombstone says which packs will go | the tombstone: the next prune goes on with it |
@@ -27,6 +30,7 @@ from offload import compose
 from offload.catalog.store import Catalog
 from offload.configs.stores import KeepConfig
 from offload.engine.fences import sweep_fences
+from offload.engine.fold import FoldReport, fold, images_of, publish
 from offload.engine.liveset import LiveSet
 from offload.engine.mark import Marker, Roots, find_roots, unsafe
 from offload.engine.packplan import PackPlan, copy_live, plan_packs
@@ -73,6 +77,8 @@ class PruneReport:
     freed_bytes: int
     live_bytes: int
     waiting: tuple[Waiting, ...] = ()
+    folded: int = 0  # deltas that went into another piece
+    folded_bytes: int = 0  # written for that
 
 
 def rules_of(config: KeepConfig | None) -> KeepRules:
@@ -121,7 +127,11 @@ def prune(
             ):
                 step("prune.pinned")
                 run = _Prune(ctx, repository, store, live, shown, alone=alone)
-                report = run.run(chosen, op, pin)
+                try:
+                    report = run.run(chosen, op, pin)
+                except IntegrityError:
+                    pin.look()  # given up: another prune has deleted what this one saw
+                    raise
             op.done("packs")
     return report
 
@@ -179,7 +189,8 @@ class _Prune:
             self.repository.store.delete(layout.manifest_name(ident))
         step("prune.forgotten")
         # anew: what was forgotten may be pinned by now
-        plan, sight = self._plan(seen, find_roots(self.repository, self.store))
+        folded, roots = self._fold(pin, seen, find_roots(self.repository, self.store))
+        plan, sight = self._plan(seen, roots)
         plan = self._copy(op, plan)
         pin.look()
         if plan.frees:
@@ -189,10 +200,11 @@ class _Prune:
         sweep_fences(self.repository.store, self.now)
         tombstones = {**sight.tombstones, **last.tombstones}
         outcome = _Outcome(pin.id, swept, waiting, tombstones, sight.packs)
-        return self._report(verdicts, plan, outcome)
+        report = self._report(verdicts, plan, outcome)
+        return replace(report, folded=folded.merged, folded_bytes=folded.written_bytes)
 
     def rehearse(self, rules: KeepRules) -> PruneReport:
-        """Say what `run` would do, and change nothing."""
+        """Say what `run` would do, and change nothing. What folding would free is not known."""
         seen = look(self.repository)
         roots = find_roots(self.repository, self.store)
         verdicts = self._judge(roots, rules, note=False)
@@ -233,7 +245,12 @@ class _Prune:
 
     def _miss_nothing(self, roots: Roots) -> None:
         known = {b.id for b in self.ctx.catalog.backups(store=self.store)}
-        lost = known - {b.id for b in roots.backups} - set(roots.void)
+        going = {  # by another command of this host
+            i.args["backup"]
+            for i in self.ctx.journal.running_intents()
+            if i.undo == "delete-backup"
+        }
+        lost = known - {b.id for b in roots.backups} - set(roots.void) - going
         if lost:
             raise unsafe(
                 f"the store {self.store} lacks the manifests of {', '.join(sorted(lost))}, which "
@@ -246,6 +263,31 @@ class _Prune:
         self.progress.start("marking", None)
         self.marker.mark(roots.backups, roots.pins)
         self.progress.finish("marking")
+
+    def _fold(self, pin: HeldPin, seen: Sight, roots: Roots) -> tuple[FoldReport, Roots]:
+        """Merge the steps at which no kept backup ends; the new roots count from here on.
+
+        Its packs bear the id of this prune, so that with the prune they are given up, too.
+        """
+        pinned = [
+            (bytes.fromhex(image.root), image.size_bytes)
+            for other in roots.pins
+            if other.id != pin.id
+            for image in other.images
+        ]
+        locked = locked_packs(self.repository, seen.packs).keys()
+        try:
+            with PackWriter(self.repository, pin.id) as writer:
+                images = images_of(roots.backups)
+                report = fold(self.repository, writer, images, pinned=pinned, locked=locked)
+                writer.finish()
+        except IntegrityError as error:
+            raise unsafe(error.message, "see: offload verify --all") from error
+        step("prune.folded")
+        kept = {backup.id for backup in roots.backups}
+        for old in publish(self.repository, pin.id, roots.folds, kept, report.roots):
+            self.repository.store.delete(old)
+        return report, find_roots(self.repository, self.store) if report.roots else roots
 
     # -- what goes -------------------------------------------------------------------------------
 
@@ -265,7 +307,7 @@ class _Prune:
         return plan, sight
 
     def _choose(self, usable: frozenset[str], last: frozenset[str]) -> None:
-        missing = self.live.choose(usable, last)
+        missing = self.live.choose(usable, last, self.repository.quarantine.places)
         if missing:
             raise unsafe(
                 f"{missing} chunks that are in use are missing from the store {self.store}",
@@ -311,9 +353,8 @@ class _Prune:
             last = look(self.repository, sight.tombstones)
             self._rescue(op, last)
             doomed = packs_of(sight.tombstones[prune] for prune in due)
-            vanished = set(self.repository.index.packs()) - last.packs.keys()
             step("prune.sweep.before")
-            drop_from_index(self.repository, doomed | vanished, roots.writers)
+            drop_from_index(self.repository, doomed | last.vanished, roots.writers)
             delete_packs(self.repository, doomed & last.packs.keys(), due)
         else:
             drop_from_index(self.repository, frozenset(), roots.writers)
