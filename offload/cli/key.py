@@ -44,7 +44,7 @@ def list_(ctx: click.Context, store: str) -> None:
 @key.command(
     "add",
     examples=[
-        "offload key add main --passphrase-file /root/phrase --label 'safe in Bern'",
+        "offload key add main --passphrase-file /root/phrase --label Bern",
         "offload key add main --file /etc/offload/second.key",
         "offload key add main --recovery-to /media/usb/main.recovery",
     ],
