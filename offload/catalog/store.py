@@ -19,6 +19,7 @@ from sqlalchemy import (
     Table,
     bindparam,
     delete,
+    func,
     insert,
     select,
     update,
@@ -281,7 +282,7 @@ class Catalog:
     def note_verified(self, backup_id: str, at: datetime, how: str, problems: int) -> None:
         """Note that a backup was read and checked, and how many problems that showed.
 
-        `how`: `all`, or the sampled share. NotFoundError (`unknown-backup`).
+        `how`: what was read, for people. NotFoundError (`unknown-backup`).
         """
         with self._write() as db:
             try:
@@ -306,6 +307,15 @@ class Catalog:
             .limit(1)
         )
         return next(iter(self._all(query, _verification)), None)
+
+    def verifications(self) -> dict[str, Verification]:
+        """The latest verification of each backup that has one."""
+        table = tables.verifications
+        newest = select(func.max(table.c.id)).group_by(table.c.backup)
+        query = select(table.c.backup, table.c.at, table.c.how, table.c.problems).where(
+            table.c.id.in_(newest)
+        )
+        return {found.backup: found for found in self._all(query, _verification)}
 
     @contextmanager
     def _write(self) -> Iterator[Database]:

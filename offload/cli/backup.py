@@ -18,6 +18,7 @@ from offload.model import Backup, LegalHold
 from offload.quantity import show_seconds, show_size
 
 if TYPE_CHECKING:
+    from offload.catalog.store import Verification
     from offload.services.backup import BackupReport
     from offload.services.backups import VolumeDiff
 
@@ -134,6 +135,7 @@ def list_(ctx: click.Context, store: str | None, group: str | None) -> None:
     with reading_context(settings) as context:
         found = context.catalog.backups(store=store, group=group)
         holds = context.catalog.holds()
+        verified = context.catalog.verifications()
         if not found:  # an unknown name is an error, not an empty list
             if store is not None:
                 context.instance.config.store(store)
@@ -152,6 +154,7 @@ def list_(ctx: click.Context, store: str | None, group: str | None) -> None:
             entry.consistency.value,
             show_size(sum(image.size_bytes for image in entry.images)),
             show_size(sum(image.stored_bytes for image in entry.images)),
+            _verified(verified.get(entry.id)),
             ", ".join(
                 [
                     *(["held"] if entry.id in holds else []),
@@ -162,9 +165,18 @@ def list_(ctx: click.Context, store: str | None, group: str | None) -> None:
         ]
         for entry in found
     ]
-    header = ["id", "group", "store", "of", "age", "consistency", "size", "new", ""]
-    data = [{**to_json(entry), "held": holds.get(entry.id)} for entry in found]
+    header = ["id", "group", "store", "of", "age", "consistency", "size", "new", "verified", ""]
+    data = [
+        {**to_json(entry), "held": holds.get(entry.id), "verified": verified.get(entry.id)}
+        for entry in found
+    ]
     emit(settings, data, lambda: table(header, rows, "no backups"))
+
+
+def _verified(last: Verification | None) -> str:
+    if last is None:
+        return "never"
+    return f"{last.at.astimezone():%Y-%m-%d}" + (" BAD" if last.problems else "")
 
 
 @backup.command("show", examples=["offload backup show b7k2"])

@@ -89,7 +89,7 @@ def _backups(report: StatusReport) -> None:
             row.last_id or "-",
             _when(row.last_at),
             "-" if row.age_s is None else show_age(row.age_s),
-            _when(row.verified_at),
+            _when(row.verified_at) + (f" ({row.verified_how})" if row.verified_how else ""),
         ]
         for row in report.backups
     ]

@@ -63,6 +63,7 @@ class BackupStatus:
     last_at: datetime | None
     age_s: float | None
     verified_at: datetime | None
+    verified_how: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +189,7 @@ def _backup_row(
         last_at=last.created_at if last else None,
         age_s=(now - last.created_at).total_seconds() if last else None,
         verified_at=verified.at if verified else None,
+        verified_how=verified.how if verified else None,
     )
 
 

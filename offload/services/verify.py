@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from offload.engine.manifests import read_folds, read_manifest
+from offload.engine.pins import HeldPin, PinKind, images_of
 from offload.engine.repository import Repository
 from offload.engine.verified import VerifiedPacks, choose_packs
-from offload.errors import OffloadError
+from offload.errors import OffloadError, UnavailableError
 from offload.extents import normalize
 from offload.format import layout
 from offload.model import Backup
@@ -118,7 +119,11 @@ def verify(
                 ctx, name, repository,
                 options=chosen, tally=tally, progress=progress or NoProgress(),
             )  # fmt: skip
-            count += run.everything() if all_backups else run.named(named)
+            backups = run.manifests(None if all_backups else named)
+            with _held(repository, backups):
+                there = [b for b in backups if run.is_there(b)]
+                run.everything(there) if all_backups else run.named(there)
+            count += len(there)
     return VerifyReport(
         problems=tuple(merged(tally.problems)),
         backups=count,
@@ -132,6 +137,20 @@ def verify(
         quarantined=tuple(sorted(tally.quarantined)),
         lifted=tuple(sorted(tally.lifted)),
     )
+
+
+@contextmanager
+def _held(repository: Repository, backups: Sequence[Backup]) -> Iterator[None]:
+    """Pinned, so that no prune makes damage of what is deleted meanwhile; a store that cannot be
+    written to is read without."""
+    with ExitStack() as stack:
+        images = [image for backup in backups for image in images_of(backup)]
+        try:
+            stack.enter_context(HeldPin(repository, PinKind.READER, images=images))
+        except UnavailableError as error:
+            if error.code != "store-read-only":
+                raise
+        yield
 
 
 class _Run:
@@ -156,11 +175,11 @@ class _Run:
         self.notes = verify_packs.Notes(repository, tally)
         self.trees = verify_trees.Trees(repository, store, tally, self.notes, progress)
 
-    def everything(self) -> int:
-        """All of a store, each object once; returns the number of backups."""
-        backups = self._manifests(None)
+    def everything(self, backups: Sequence[Backup]) -> None:
+        """All of a store, each object once."""
         if self.options.sample is not None:
-            return self._chunks(backups)
+            self._chunks(backups)
+            return
         packs = self._opened_packs()
         packs.indexes()
         path = self.repository.index.path.with_name(
@@ -171,19 +190,17 @@ class _Run:
         self.notes.finish()
         self.trees.map_damage(backups)
         self._note(backups, how)
-        return len(backups)
 
     def _opened_packs(self) -> verify_packs.Packs:
         return verify_packs.Packs(
             self.repository, self.store, self.tally, self.notes, self.progress
         )
 
-    def _chunks(self, backups: Sequence[Backup]) -> int:
+    def _chunks(self, backups: Sequence[Backup]) -> None:
         for backup in backups:
             self.trees.read(backup, self.options.sample)
         self.notes.finish()
         self._note(backups, self.options.describe())
-        return len(backups)
 
     def _packs(self, packs: verify_packs.Packs, verified: VerifiedPacks) -> str:
         """Read packs, or their ends; returns what may be said of the backups afterwards."""
@@ -218,19 +235,22 @@ class _Run:
             return f"in parts, all since {min(read):%Y-%m-%d}"
         return f"in parts, {len(read)} of {len(since)} packs so far"
 
-    def named(self, backups: Sequence[Backup]) -> int:
+    def named(self, found: Sequence[Backup]) -> None:
         """The trees of these backups, and their chunks (or a sample, or none of them)."""
-        found = self._manifests(backups)
         if not self.options.quick:
-            return self._chunks(found)
+            self._chunks(found)
+            return
         packs = self._opened_packs()
         packs.ends(sorted(self.trees.packs_of(found) & set(packs.sizes)))
         self.notes.finish()
         self.trees.map_damage(found)
         self._note(found, self.options.describe())
-        return len(found)
 
-    def _manifests(self, chosen: Sequence[Backup] | None) -> list[Backup]:
+    def is_there(self, backup: Backup) -> bool:
+        """Whether it still is, now that it is pinned: not deleted a moment ago."""
+        return self.repository.store.exists(layout.manifest_name(backup.id))
+
+    def manifests(self, chosen: Sequence[Backup] | None) -> list[Backup]:
         """The backups as their manifests say; a missing or damaged manifest is a problem."""
         expected = self.ctx.catalog.backups(store=self.store) if chosen is None else list(chosen)
         names = {layout.manifest_name(b.id): str(b.id) for b in expected}

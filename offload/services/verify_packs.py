@@ -112,6 +112,7 @@ class Notes:
                 for note in known.of(name):
                     self.repository.store.delete(note.name)
                 self.tally.lifted.append(name)
+            self._sweep()
             for name, why in self._gone.items():
                 self._put(name, {}, why, gone=True)
             for name, bad in self._bad.items():
@@ -120,6 +121,13 @@ class Notes:
         except OffloadError as error:  # e.g. a store that is read-only: the report is what counts
             log.warning("bad packs could not be noted in the store: %s", error.message)
         self.repository.refresh()
+
+    def _sweep(self) -> None:
+        """Notes on packs that are gone, and that no index object names: nobody reads there."""
+        store, named = self.repository.store, set(self.repository.index.packs())
+        for note in self.repository.quarantine.notes:
+            if note.pack not in named and not store.exists(note.pack):
+                store.delete(note.name)
 
     def _put(self, pack: str, bad: Mapping[int, str], why: str, *, gone: bool) -> None:
         if _says(self.repository.quarantine.of(pack), set(bad), gone=gone):
@@ -139,7 +147,10 @@ class Packs:
         self.tally = tally
         self.notes = notes
         self.progress = progress
+        named = set(repository.index.packs())
         self.sizes = {info.name: info.size_bytes for info in repository.store.infos(layout.PACKS)}
+        repository.refresh()  # a prune takes packs out of the index before it deletes them
+        self._missing = (named & set(repository.index.packs())) - self.sizes.keys()
         tally.packs += len(self.sizes)
 
     def indexes(self) -> None:
@@ -150,7 +161,7 @@ class Packs:
                 decode_index(name, objects.get(name), self.repository.keys)
             except OffloadError as error:
                 self._say(f"{error.message} (it can be made again: the packs hold it too)")
-        for name in sorted(set(self.repository.index.packs()) - set(self.sizes)):
+        for name in sorted(self._missing):
             self._gone(name)
 
     def _gone(self, name: str) -> None:
@@ -189,9 +200,10 @@ class Packs:
         self.progress.finish(task)
 
     def _judge(self, found: PackCheck, *, full: bool) -> None:
-        if found.gone and not found.entries:
-            return  # of a backup that was taken back while we looked
         if found.gone:
+            self.repository.refresh()
+            if found.name not in self.repository.index.packs():
+                return  # pruned, or of a backup that was taken back, while this looked
             self._say(f"pack {found.name} went while it was to be read")
         for note in found.notes:
             self._say(note)

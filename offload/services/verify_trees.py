@@ -141,7 +141,7 @@ class Trees:
                 if what:
                     self._range(backup, image, tree.shape.slot_range(slot), what)
 
-    def _chunk(self, ident: bytes) -> str:
+    def _chunk(self, ident: bytes, *, again: bool = False) -> str:
         """Read one chunk from its first place, header and all; what is wrong with it."""
         location = self.repository.index.find(ident)
         if location is None:
@@ -162,6 +162,10 @@ class Trees:
             self.repository.decode(entry, raw[RECORD.size :], location.pack)
         except (IntegrityError, NotFoundError) as error:
             gone = isinstance(error, NotFoundError)
+            if gone and not again:
+                self.repository.refresh()
+                if location.pack not in self.repository.index.packs():
+                    return self._chunk(ident, again=True)  # moved by a prune
             self.notes.bad_chunk(location, error.message, gone=gone)
             return self._unless_elsewhere(ident, error.message, gone=gone)
         with self.tally.lock:
