@@ -224,3 +224,35 @@ def test_recover_serves_a_view_again_whose_server_died(
     assert [entry["id"] for entry in report["remounted"]] == [view["id"]]
     assert [entry["alive"] for entry in ask("views")] == [True]
     assert ask("views")[0]["uri"] == view["uri"]
+
+
+def test_hold_and_tag_verbs(ask: Ask, say: Callable[..., str]) -> None:
+    first = ask("backup", "shop", "--tag", "release", "--tag", "v2")["backup"]
+    assert first["tags"] == ["release", "v2"]
+    second, third = (ask("backup", "shop")["id"] for _ in range(2))
+    (held,) = ask("backup", "hold", second[:6], "--reason", "case 7")["held"]
+    assert (held["backup"], held["reason"]) == (second, "case 7")
+    assert [entry["held"] for entry in ask("backup", "list")] == [None, held, None]
+    assert ask("backup", "show", second)["held"] == held
+    assert "case 7" in say("backup", "show", second)
+    assert "release, v2" in say("backup", "show", first["id"])
+    assert "held" in say("backup", "list")
+    assert ask("backup", "delete", second, "--yes", code=5)["code"] == "backup-held"
+
+    plan = ask("prune", "--keep-last", "1", "--keep-tag", "release", "--dry-run")
+    assert [entry["reasons"] for entry in plan["backups"]] == [
+        ["tag release"],
+        ["held"],
+        ["newest", "last 1"],
+    ]
+    assert "tag release" in say("prune", "--keep-last", "1", "--keep-tag", "release", "--dry-run")
+    assert ask("backup", "release", second, code=2)["code"] == "not-confirmed"
+    (released,) = ask("backup", "release", second, "--yes")["released"]
+    assert released["id"] == second
+    plan = ask("prune", "--keep-last", "1", "--dry-run")
+    missed = ["1 newer than it, last keeps 1"]
+    assert [entry["missed"] for entry in plan["backups"]][1:] == [missed, []]
+    plan = ask("prune", "--keep-last", "1", "--keep-min-age", "1h", "--dry-run")
+    assert all("younger than min_age" in entry["reasons"] for entry in plan["backups"])
+    assert ask("backup", "shop", "--tag", "no tag", code=2)["code"] == "usage"
+    assert third == ask("backup", "list")[-1]["id"]
