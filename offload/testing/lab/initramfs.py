@@ -58,7 +58,7 @@ def build(
     Folders of `visible` are seen in the guest although /run and /tmp are its own.
     """
     busybox = Path(require_program("busybox", "busybox-static"))
-    modules = _with_dependencies(kernel)
+    modules = with_dependencies(kernel, _MODULES)
     exports = [f"export {k}={shlex.quote(v)}\n" for k, v in settings.items()]
     files: list[tuple[str, int, bytes]] = [(name, 0o040755, b"") for name in _FOLDERS]
     files += [(f"modules/{path.name}", 0o100644, path.read_bytes()) for path in modules]
@@ -69,14 +69,14 @@ def build(
         ("visible", 0o100644, b"".join(os.fsencode(path) + b"\n" for path in visible)),
         ("settings", 0o100644, "".join(exports).encode()),
     ]
-    target.write_bytes(_cpio(files))
+    target.write_bytes(cpio(files))
 
 
-def _with_dependencies(kernel: Path) -> list[Path]:
+def with_dependencies(kernel: Path, names: Sequence[str]) -> list[Path]:
     """Files of the modules, each after those that it needs, as modprobe says."""
     modprobe = require_program("modprobe", "kmod")
     found: dict[Path, None] = {}
-    for name in _MODULES:
+    for name in names:
         said = run([modprobe, "-S", _version(kernel), "--show-depends", name]).stdout
         for line in said.splitlines():
             word, _, rest = line.partition(" ")
@@ -85,7 +85,7 @@ def _with_dependencies(kernel: Path) -> list[Path]:
     return list(found)
 
 
-def _cpio(files: Sequence[tuple[str, int, bytes]]) -> bytes:
+def cpio(files: Sequence[tuple[str, int, bytes]]) -> bytes:
     """An archive of (name, mode, content) in the "newc" format.
 
     Documentation/driver-api/early-userspace/buffer-format.rst of the Linux sources.
