@@ -14,6 +14,7 @@ from offload.cli.output import emit, note, show_time, table
 from offload.cli.recovery_key import recovery_choice
 from offload.cli.session import changing_context, confirm, reading_context
 from offload.errors import UsageError
+from offload.quantity import count_of
 
 if TYPE_CHECKING:
     from offload.services.keymaker import HandOver
@@ -160,6 +161,12 @@ def rotate(
     with changing_context(settings) as context:
         done = store_keys.rotate(context, store, recovery, proofs)
     note(settings, store_keys.NOT_UNDONE)
+    if done.locked:
+        note(
+            settings,
+            f"{count_of(len(done.locked), 'old way')} in stay until object lock lets them go; they "
+            "open nothing that is written from now on",
+        )
     emit(settings, done, lambda: _plan(done, ""))
 
 

@@ -15,7 +15,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -82,6 +82,7 @@ class RotatePlan:
     version: int
     kept: tuple[KeyView, ...]  # proven: made anew
     dropped: tuple[KeyView, ...]
+    locked: tuple[str, ...] = ()  # old wrappers that object lock keeps
 
 
 @dataclass(slots=True)
@@ -223,12 +224,27 @@ def _removal(opened: _Opened, prefix: str) -> KeyView:
 
 
 def remove(ctx: Context, name: str, prefix: str) -> KeyView:
-    """Remove a way in: one deletion. It does not take the key from who has used it."""
+    """Remove a way in: one deletion. It does not take the key from who has used it.
+
+    PolicyError (`key-locked`) where object lock keeps it.
+    """
     with _opened(ctx, name) as opened:
         gone = _removal(opened, prefix)
         opened.store.delete(layout.key_name(gone.id))
         step("key.removed")
+        if _still_listed(opened.store, [layout.key_name(gone.id)]):
+            raise PolicyError(
+                f"{gone.id} is locked: it stays a way into the store {name} until its lock ends",
+                code="key-locked",
+                hint=f"to close what is written from now on to it: offload key rotate {name}",
+            )
         return gone
+
+
+def _still_listed(store: Store, names: Sequence[str]) -> tuple[str, ...]:
+    """Ids of wrappers that were deleted and are there all the same: object lock keeps them."""
+    left = set(store.list(layout.KEYS)) & set(names)
+    return tuple(sorted(name.removeprefix(layout.KEYS) for name in left))
 
 
 def rotation(ctx: Context, name: str, proofs: Sequence[KeySource] = ()) -> RotatePlan:
@@ -295,7 +311,7 @@ def rotate(
         for gone in old:
             opened.store.delete(gone)
             step("key-rotate.old.deleted")
-        return plan
+        return replace(plan, locked=_still_listed(opened.store, old))
 
 
 def _first(maker: KeyMaker, ring: KeyRing, recovery: HandOver | None, ident: str) -> None:

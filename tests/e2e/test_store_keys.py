@@ -16,7 +16,11 @@ from typing import Any
 import pytest
 
 from offload import run
+from offload.errors import PolicyError
 from offload.journal import CRASH_ENV, TRACE_ENV
+from offload.services import store_keys, stores
+from offload.services.context import open_context
+from offload.stores.disk import DiskStore
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLOAD = ROOT / ".venv" / "bin" / "offload"
@@ -315,6 +319,58 @@ def test_newest_backup_that_is_hidden_is_found_out_by_catalog_and_noted_head(sit
     site.ok("backup", "shop")  # and it does not come back by what is written afterwards
     assert site.run("store", "check", "main", "--expect-head", head).status == 7
     site.ok("store", "check", "main", "--expect-head", first)
+
+
+def test_way_in_that_object_lock_keeps_is_not_said_to_be_removed(
+    site: Keyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a bucket that lists what is locked though it was deleted."""
+    found = {key["kind"]: key["id"] for key in site.ask("key", "list", "main")["keys"]}
+    monkeypatch.setattr(DiskStore, "delete", lambda *_: None)
+    with open_context(site.folder / "o.toml") as ctx:
+        with pytest.raises(PolicyError) as caught:
+            store_keys.remove(ctx, "main", found["recovery"])
+        assert caught.value.code == "key-locked"
+        plan = store_keys.rotate(ctx, "main", None)
+        assert set(found.values()) <= set(plan.locked)
+    assert site.ask("store", "show", "main")["key_version"] == 2
+
+
+def test_geometry_is_chosen_when_the_store_is_made_and_checked(bare: Keyed) -> None:
+    words = ("store", "init", "main", "--no-recovery-key")
+    assert bare.refused(*words, "--chunk-size", "1000") == ("bad-geometry", 2)
+    assert bare.refused(*words, "--zstd-level", "40")[1] == 2
+    assert not bare.key_file.exists()
+    bare.ok(
+        *words, "--chunk-size", "64KiB", "--page-entries", "16", "--pack-size", "128KiB",
+        "--zstd-level", "3",
+    )  # fmt: skip
+    about = json.loads((bare.store / "store.json").read_text().splitlines()[0])
+    names = ("chunk_bytes", "page_entries", "pack_bytes", "zstd_level")
+    assert [about[name] for name in names] == [65536, 16, 131072, 3]
+    bare.ok("backup", "shop")
+    bare.readable()
+    assert len(list((bare.store / "packs").rglob("*-*"))) > 3
+
+
+def test_store_like_another_has_its_ids_and_not_its_keys(site: Keyed) -> None:
+    second = site.folder / "second"
+    text = (site.folder / "o.toml").read_text()
+    more = f'[stores.second]\nkind = "disk"\npath = "{second}"\nmin_free = "0%"\n'
+    (site.folder / "o.toml").write_text(text + more)
+    assert site.refused("store", "init", "second", "--like", "main") == ("like-encrypted", 2)
+    key = f'[stores.second.key]\nfile = "{site.folder / "second.key"}"\n'
+    (site.folder / "o.toml").write_text(text + more + key)
+    site.ok("store", "init", "second", "--like", "main", "--no-recovery-key")
+    with open_context(site.folder / "o.toml") as ctx:
+        keys = []
+        for name in ("main", "second"):
+            with stores.opened(ctx, name, exclusive=False) as repository:
+                keys.append(repository.keys)
+    one, two = keys
+    assert (one.data, one.delta, one.page) == (two.data, two.delta, two.page)
+    assert one.mac != two.mac
+    assert one.current.pack != two.current.pack
 
 
 def test_rotation_drops_what_is_not_proven_and_all_stays_readable(site: Keyed) -> None:
