@@ -8,16 +8,21 @@ the answer is the one that was pinned.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from offload.engine.repository import Repository
-from offload.errors import NotFoundError
+from offload.engine.retention_lock import ask
+from offload.errors import IntegrityError, NotFoundError
 from offload.format import layout
 from offload.format.fold import Fold, decode_fold
 from offload.format.manifest import Manifest, decode_manifest
 from offload.model import Backup
+from offload.objectlock import Locking
+
+log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5  # a fold goes only when a newer one is out: the listing is asked again
 
@@ -68,7 +73,7 @@ def read_folds(repository: Repository) -> Folds:
     """
     for attempt in range(_ATTEMPTS):
         try:
-            return Folds(dict(_existing(repository)))
+            return Folds(_without_locked(repository, dict(_existing(repository))))
         except NotFoundError:
             if attempt == _ATTEMPTS - 1:
                 raise
@@ -80,7 +85,33 @@ def _existing(repository: Repository) -> Iterator[tuple[str, Fold]]:
     voids = set(repository.store.list(layout.VOIDS)) if names else set()
     for name in names:
         if layout.VOIDS + name.removeprefix(layout.FOLDS) not in voids:
-            yield name, decode_fold(name, repository.store.get(name), repository.keys)
+            try:
+                yield name, decode_fold(name, repository.store.get(name), repository.keys)
+            except IntegrityError as error:
+                if not isinstance(repository.store, Locking):
+                    raise
+                # A root and its fold have the same content: without it reading may miss chunks,
+                # and prune stops, but nothing wrong is read. So rubbish does not end all restores.
+                log.warning("%s; it does not count", error.message)
+
+
+def _without_locked(repository: Repository, objects: dict[str, Fold]) -> dict[str, Fold]:
+    """A backup under object lock is read as it was written: nothing that its own roots need can
+    have been folded away, so that a fold of it is somebody else's."""
+    store = repository.store
+    if not objects or not isinstance(store, Locking):
+        return objects
+    names = {layout.manifest_name(b) for fold in objects.values() for b in fold.backups}
+    locked = ask(store, store.originals(names).values()).keys()
+    return {
+        name: replace(
+            fold,
+            backups={
+                b: r for b, r in fold.backups.items() if layout.manifest_name(b) not in locked
+            },
+        )
+        for name, fold in objects.items()
+    }
 
 
 def read_manifest(

@@ -170,7 +170,7 @@ class Attacker:
             found += [(v["Key"], v["VersionId"]) for v in page.get("DeleteMarkers", ())]
         return found
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """All keys that have versions."""
         return sorted({key for key, _ in self.versions()})
 
