@@ -25,6 +25,7 @@ from offload.model import (
     Source,
 )
 from offload.objectlock import LockableStore, LockRules
+from offload.store import Probing
 from offload.storespec import StoreSpec
 
 if TYPE_CHECKING:
@@ -88,6 +89,15 @@ def open_store(spec: StoreSpec | str) -> Store:
     found = StoreSpec.parse(spec) if isinstance(spec, str) else spec
     made: Store = _load("offload.stores", "store", STORES, found.kind)(found)
     return _with_versions(made)
+
+
+def probe_store(spec: StoreSpec) -> dict[str, str]:
+    """What the place of a store honours, found by trying; empty where there is no doubt."""
+    made: Store = _load("offload.stores", "store", STORES, spec.kind)(spec)
+    try:
+        return made.probe() if isinstance(made, Probing) else {}
+    finally:
+        made.close()
 
 
 def _with_versions(store: Store) -> Store:

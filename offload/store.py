@@ -101,6 +101,15 @@ class Sweepable(Protocol):
 
 
 @runtime_checkable
+class Probing(Protocol):
+    """A store whose server may lack what others have."""
+
+    def probe(self) -> dict[str, str]:
+        """What it really honours, found by trying, in words; PolicyError if it is not fit."""
+        ...
+
+
+@runtime_checkable
 class Exclusive(Protocol):
     """A store that can tell whether anybody else uses it: one folder of one machine.
 

@@ -222,6 +222,7 @@ def _show(entry: StoreSummary) -> None:
             ("free", f"{_size(entry.free_bytes)} of {_size(entry.size_bytes)}"),
             ("chunk size", _size(entry.chunk_bytes)),
             ("encryption", f"key version {entry.key_version}" if entry.key_version else "none"),
+            *entry.honours.items(),
         ]
     )
 

@@ -52,6 +52,7 @@ def init(ctx: Context, name: str, options: InitOptions | None = None) -> stores.
     store = compose.open_store(config.spec())
     try:
         _refuse_taken(store)
+        found = compose.probe_store(config.spec())
         locks.prove(store)
         parameters, id_key = _parameters(ctx, chosen, encrypted=config.key is not None)
         if parameters.encrypted:
@@ -60,6 +61,9 @@ def init(ctx: Context, name: str, options: InitOptions | None = None) -> stores.
             store.put(layout.STORE_OBJECT, [encode_parameters(parameters)])
     finally:
         store.close()
+    if found:
+        with stores.opened(ctx, name, exclusive=False) as repository:
+            stores.note_probe(repository, found)
     return stores.show(ctx, name)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from offload import compose
 from offload.catalog.store import Catalog
@@ -17,6 +18,7 @@ from offload.format import layout
 from offload.format.index import decode_index
 from offload.format.manifest import Manifest
 from offload.format.pack import read_footer
+from offload.format.sealed import seal_object, unseal_object
 from offload.ids import new_id
 from offload.model import Backup, BackupSource, ImageRecord
 from offload.services import chain
@@ -24,6 +26,7 @@ from offload.services.context import Context
 from offload.store import Exclusive, Store, Sweepable
 from offload.storespec import StoreSpec
 
+_FOUND = ".found"  # notes of what a store's server honours: probes/ID.found
 _GRACE_S = 3600.0  # a store that nobody can hold alone: whoever overlooked a pin has an hour
 
 
@@ -47,6 +50,7 @@ class StoreSummary:
     chunk_bytes: int | None = None
     zstd_level: int | None = None
     key_version: int | None = None  # of what is written now; None: not encrypted
+    honours: Mapping[str, str] = field(default_factory=dict)  # by its server, when it was made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +190,26 @@ def show(ctx: Context, name: str) -> StoreSummary:
             chunk_bytes=repository.parameters.chunk_bytes,
             zstd_level=repository.parameters.zstd_level,
             key_version=repository.keys.current.number or None,
+            honours=_last_probe(repository),
         )
+
+
+def note_probe(repository: Repository, found: Mapping[str, str]) -> None:
+    """Keep what the store's server was found to honour."""
+    name = f"{layout.PROBES}{new_id()}{_FOUND}"
+    value = {"probed_at": datetime.now(UTC).isoformat(timespec="seconds"), "found": dict(found)}
+    repository.store.put(name, [seal_object(name, value, repository.keys)])
+
+
+def _last_probe(repository: Repository) -> dict[str, str]:
+    """The newest such note; empty if there is none."""
+    objects = repository.store
+    known = [info for info in objects.infos(layout.PROBES) if info.name.endswith(_FOUND)]
+    if not known:
+        return {}
+    newest = max(known, key=lambda info: info.modified).name
+    value = unseal_object(newest, objects.get(newest), repository.keys)
+    return {"probed": value["probed_at"], **value["found"]}
 
 
 def adopt(catalog: Catalog, backups: Sequence[Backup]) -> None:

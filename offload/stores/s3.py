@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from botocore import exceptions as boto
 
 from offload.errors import IntegrityError, NotFoundError, UnavailableError
+from offload.format import layout
 from offload.ids import new_id
 from offload.store import Buffer, ObjectInfo, Version
 from offload.stores import s3_errors
@@ -252,6 +253,13 @@ class S3Store:
                         self._uploader.abort(entry["Key"], entry["UploadId"])
                     aborted += 1
         return aborted
+
+    def probe(self) -> dict[str, str]:
+        """What the server really honours; see `s3_probe`."""
+        from offload.stores.s3_probe import probe
+
+        with self._translated(layout.PROBES):
+            return probe(self)
 
     def space_bytes(self) -> tuple[int, int] | None:
         """A bucket has no end."""
