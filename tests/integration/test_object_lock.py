@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from offload import compose
 from offload.engine import retention_lock
-from offload.errors import PolicyError
+from offload.engine.lockledger import LockLedger
+from offload.engine.manifests import read_manifest
+from offload.engine.repository import Repository
+from offload.engine.tree import walk_pages
+from offload.errors import PolicyError, UnavailableError
 from offload.format import layout
 from offload.objectlock import LockRules
 from offload.retention import KeepRules
@@ -31,7 +37,7 @@ generation = "1h"
 
 @pytest.fixture
 def site(rgw: RunningRgw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LockedSite]:
-    monkeypatch.setitem(__import__("offload.compose").compose.PROVIDERS, "copy", PROVIDER)
+    monkeypatch.setitem(compose.PROVIDERS, "copy", PROVIDER)
     place = Place(rgw=rgw, bucket=rgw.new_bucket(locked=True), more=LOCK)
     with locked_site(tmp_path, place) as made:
         yield made
@@ -64,3 +70,176 @@ def test_backup_all_that_it_needs_is_locked_at_least_as_long_as_its_manifest(
         assert until is not None, name
         assert until >= manifest, name
     site.check_all()
+
+
+def test_backup_without_changes_asks_little_and_extends_nothing(site: LockedSite) -> None:
+    """The next night: only the manifest and the index object's dates are new."""
+    site.back_up()
+    before = _locks(site)
+    site.back_up()
+    after = _locks(site)
+    assert {n: after[n] for n in before} == before
+
+
+def test_extension_moves_early_dates_once_a_generation_and_only_what_is_needed(
+    site: LockedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later by a whole generation: what the new backup inherits gets dates ahead of its own."""
+    first = site.back_up().backup
+    site.scribble()
+    before = _locks(site)
+    later = timedelta(hours=2)
+    real = LockedStore.clock
+    monkeypatch.setattr(LockedStore, "clock", lambda store: real(store) + later)
+    second = site.back_up().backup
+    after = _locks(site)
+    manifest = after[layout.manifest_name(second.id)]
+    assert manifest is not None
+    with site.repository() as repository:
+        needed = _needed_packs(repository, second.id)
+        assert any(first.id in pack for pack in needed)
+        for name in (*needed, layout.STORE_OBJECT, layout.index_name(first.id)):
+            until = after[name]
+            assert until is not None, name
+            assert until >= manifest, name
+    for name, until in before.items():
+        if name not in (*needed, layout.STORE_OBJECT, layout.index_name(first.id)):
+            assert after[name] == until, name
+    assert before[layout.manifest_name(first.id)] == after[layout.manifest_name(first.id)]
+    again = site.back_up().backup
+    assert {n: u for n, u in _locks(site).items() if n in after} == after
+    assert again.id != second.id
+
+
+def _needed_packs(repository: Repository, ident: str) -> set[str]:
+    """By a walk of its own over the trees of a backup."""
+    found = set()
+    for image in read_manifest(repository, ident, "main").backup.images:
+        shape = repository.shape(image.size_bytes)
+        for _, _, page, leaves in walk_pages(repository, bytes.fromhex(image.root), shape, set()):
+            ids = {page} | {i for leaf in leaves if leaf for i in (leaf.base, *leaf.deltas)}
+            found |= {repository.locate(i).pack for i in ids}
+    return found
+
+
+def test_backup_whose_extension_fails_has_no_manifest(
+    site: LockedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.back_up()
+    site.scribble()
+    real = LockedStore.clock
+    monkeypatch.setattr(LockedStore, "clock", lambda store: real(store) + timedelta(hours=2))
+
+    def refuse(_store: LockedStore, _version: object, _until: datetime) -> None:
+        raise UnavailableError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LockedStore, "extend", refuse)
+        with pytest.raises(UnavailableError):
+            backup(site.ctx, "shop", "main")
+    with site.repository() as repository:
+        names = list(repository.store.list(layout.MANIFESTS))
+    assert names == [layout.manifest_name(next(iter(site.taken)))]
+    site.back_up()
+    site.check_all()
+
+
+def test_ledger_that_is_lost_or_wrong_is_made_again_from_the_store(site: LockedSite) -> None:
+    """Wrong: it says that a pack is locked for ever, and the store says otherwise."""
+    site.back_up()
+    with site.repository() as repository:
+        path = retention_lock.ledger_path(repository)
+    path.unlink()
+    site.scribble()
+    site.back_up()
+    with closing(LockLedger(path)) as ledger, site.repository() as repository:
+        names = list(repository.store.list(layout.PACKS))
+        assert ledger.locks(names).keys() == set(names)
+        far = datetime.now(UTC) + timedelta(days=3000)
+        ledger.note(dict.fromkeys(names, far))
+        store = repository.store
+        assert isinstance(store, LockedStore)
+        locked = retention_lock.ask(store, store.originals(names).values())
+        assert max(locked.values()) < far
+
+
+def test_date_beyond_the_cap_is_refused() -> None:
+    rules = LockRules(mode="compliance", retain_s=3600, generation_s=3600, max_s=7200)
+    now = datetime(2026, 11, 21, 12, 30, tzinfo=UTC)
+    assert rules.backup_until(now) == datetime(2026, 11, 21, 13, 30, tzinfo=UTC)
+    with pytest.raises(PolicyError) as caught:
+        rules.object_until(now)
+    assert caught.value.code == "lock-too-long"
+
+
+def test_clock_that_differs_from_the_stores_locks_nothing(
+    site: LockedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    years = timedelta(days=3650)
+    with site.repository() as repository:
+        store = repository.store
+        assert isinstance(store, LockedStore)
+        there = store.now()
+        monkeypatch.setattr(store.inner, "now", lambda: there + years)
+        with pytest.raises(PolicyError) as caught:
+            store.put("packs/ab/abcdefghjk-000001", [b"x"])
+        assert caught.value.code == "clock-differs"
+        assert not store.exists("packs/ab/abcdefghjk-000001")
+
+
+def test_deleting_a_locked_backup_says_until_when(site: LockedSite) -> None:
+    done = site.back_up().backup
+    with pytest.raises(PolicyError) as caught:
+        backups.delete(site.ctx, [done.id])
+    assert caught.value.code == "backup-locked"
+    assert "until" in caught.value.message
+    with site.repository() as repository, pytest.raises(PolicyError) as direct:
+        repository.store.delete(layout.manifest_name(done.id))
+    assert direct.value.code == "object-locked"
+    site.check_all()
+
+
+def test_prune_keeps_what_is_locked_and_says_why(site: LockedSite) -> None:
+    for _ in range(3):
+        site.back_up()
+        site.scribble(20)
+    before = _locks(site)
+    report = prune(site.ctx, "main", rules=KeepRules(last=1, min_age_s=0))
+    reasons = [v.reasons[0] for v in report.verdicts if v.reasons[0].startswith("locked until")]
+    assert len(reasons) == 2
+    assert report.packs_deleted == report.packs_rewritten == report.freed_bytes == 0
+    packs = {n for n in before if n.startswith("packs/")}
+    with site.repository() as repository:
+        assert packs <= set(repository.store.list(layout.PACKS))
+    site.check_all()
+
+
+def test_prune_frees_what_is_locked_no_longer(
+    site: LockedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the store's clock: a day later all but the newest goes, by delete markers."""
+    for _ in range(3):
+        site.back_up()
+        site.scribble(20)
+    real, real_now = LockedStore.clock, LockedStore.now
+    day = timedelta(days=1)
+    monkeypatch.setattr(LockedStore, "clock", lambda store: real(store) + day)
+    monkeypatch.setattr(LockedStore, "now", lambda store: real_now(store) + day)
+    report = prune(site.ctx, "main", rules=KeepRules(last=1, min_age_s=0))
+    assert [v.kept for v in report.verdicts] == [False, False, True]
+    kept = report.verdicts[-1].backup.id
+    site.taken = {kept: site.taken[kept]}
+    with site.repository() as repository:
+        assert list(repository.store.list(layout.MANIFESTS)) == [layout.manifest_name(kept)]
+    site.check_all()
+
+
+def test_store_init_on_a_bucket_without_object_lock_is_refused(
+    rgw: RunningRgw, tmp_path: Path
+) -> None:
+    place = Place(rgw=rgw, bucket=rgw.new_bucket(versioned=True), more=LOCK)
+    with pytest.raises(PolicyError) as caught, locked_site(tmp_path, place):
+        pass
+    assert caught.value.code == "no-object-lock"
+    client = rgw.client()
+    assert client.list_objects_v2(Bucket=place.bucket)["KeyCount"] == 0

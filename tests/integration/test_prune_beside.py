@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prune_site import CHUNK, SHARED, SIZE, Site, make_site, shift_clock
 
 from offload.engine.fences import give_up, look_for_fences
 from offload.engine.pins import HeldPin, PinKind, read_pins
@@ -19,7 +20,6 @@ from offload.retention import KeepRules
 from offload.services import stores
 from offload.services.context import open_context
 from offload.services.prune import prune
-from offload.testing.prune_site import CHUNK, SHARED, SIZE, Site, make_site, shift_clock
 
 
 @pytest.fixture

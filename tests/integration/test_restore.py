@@ -30,12 +30,15 @@ from offload.engine import bulkread
 from offload.services import restore_copy
 bulkread.window_bytes = restore_copy.window_bytes = lambda chunk: 1 << 20
 restore_copy.CHECKPOINT_BYTES = 1 << 20
-plain = restore_copy.step
+from offload.services import restore
+plain, seen = restore_copy.step, []
 def step(name):
     plain(name)
-    if name == os.environ.get("TEST_INTERRUPT_AT"):
+    seen.append(name)
+    at, times = os.environ.get("TEST_INTERRUPT_AT"), os.environ.get("TEST_INTERRUPT_TIMES", "1")
+    if name == at and seen.count(name) == int(times):
         os.kill(os.getpid(), signal.SIGINT)
-restore_copy.step = step
+restore_copy.step = restore.step = step
 from offload.cli.main import main
 main()
 """
@@ -267,6 +270,40 @@ def test_restore_interrupted_by_ctrl_c_says_what_stays(place: Place) -> None:
     assert (place.out / "db.raw").read_bytes() == place.content
 
 
+def test_restore_of_many_volumes_goes_on_with_the_one_that_was_not_whole(place: Place) -> None:
+    config = place.folder / "o.toml"
+    web = os.urandom(SIZE)
+    (place.folder / "web.raw").write_bytes(web)
+    config.write_text(
+        config.read_text().replace('volumes = ["db"]', 'volumes = ["db", "web"]')
+        + f'[volumes.web]\nprovider = "copy"\npath = "{place.folder}/web.raw"\n'
+    )
+    place.backup = place.ask("backup", "shop")["id"]
+    words = ("restore", place.backup, "--to", str(place.out))
+    done = place.apart(*words, TEST_INTERRUPT_AT="restore.copied", TEST_INTERRUPT_TIMES="2")
+    assert done.status == 130, done.stderr
+    assert "db.raw" in place.files()
+    assert "web.raw" not in place.files()
+    (left,) = place.unfinished()
+    report = place.ask(*words)
+    assert [entry["volume"] for entry in report["volumes"]] == ["db", "web"]
+    assert report["volumes"][0]["resumed_bytes"] == SIZE
+    assert report["volumes"][1]["resumed_bytes"] == left["done_bytes"]
+    assert (place.out / "db.raw").read_bytes() == place.content
+    assert (place.out / "web.raw").read_bytes() == web
+    assert place.files() == {"db.raw", "web.raw"}
+    assert list((place.folder / "state" / "restores").iterdir()) == []
+    error = place.ask(*words, code=5)
+    assert error["code"] == "target-exists"
+
+
+def test_restore_of_a_timemark_reads_storage_itself(place: Place) -> None:
+    mark = place.ask("timemark", "create", "shop")["id"]
+    target = place.out / "db.qcow2"
+    place.ask("restore", f"timemark:{mark}/db", "--to", str(target))
+    assert same(raw_of(target, "qcow2"), place.content)
+
+
 def test_restore_of_a_damaged_chunk_keeps_nothing(place: Place) -> None:
     pack = max((place.folder / "store" / "packs").rglob("*-*"), key=lambda p: p.stat().st_size)
     raw = bytearray(pack.read_bytes())
@@ -462,6 +499,46 @@ def test_restore_into_the_store_is_refused(place: Place) -> None:
     target = place.folder / "store" / "packs" / "db.raw"
     assert place.restore(target, code=9)["code"] == "target-in-store"
     assert not target.exists()
+    link, inside = place.out / "link", place.folder / "store" / "store.json"
+    link.symlink_to(inside)
+    before = inside.read_bytes()
+    assert place.restore(link, "--diff", "--yes", code=9)["code"] == "target-in-store"
+    assert inside.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "status"),
+    [
+        ("{out}/none/db.raw", "no-folder", 4),
+        ("{out}/pipe", "bad-target", 2),
+        ("ftp://there/db.raw", "bad-target", 2),
+        ("{out}/" + "n" * 300, "target-unavailable", 6),
+        ("{out}/pipe/db.raw", "no-folder", 4),
+        ("/proc/db.raw", "target-unavailable", 6),
+    ],
+)
+def test_restore_to_a_bad_place_is_one_clear_line(
+    place: Place, to: str, code: str, status: int
+) -> None:
+    os.mkfifo(place.out / "pipe")
+    error = place.restore(to.format(out=place.out), "--overwrite", code=status)
+    assert error["code"] == code
+    assert "\n" not in error["message"]
+    assert place.files() == {"pipe"}
+    assert place.unfinished() == []
+
+
+def test_restore_to_the_longest_name_there_is(place: Place) -> None:
+    target = place.out / ("ü" * 127)
+    place.restore(target)
+    assert target.read_bytes() == place.content
+
+
+def test_restore_diff_into_a_folder_with_files_asks_first(place: Place) -> None:
+    (place.out / "db.raw").write_bytes(b"mine")
+    error = place.restore(place.out, "--diff", code=2)
+    assert error["code"] == "not-confirmed"
+    assert (place.out / "db.raw").read_bytes() == b"mine"
 
 
 def test_restore_diff_into_a_file_that_qemu_writes_is_refused(place: Place) -> None:
