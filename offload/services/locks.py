@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from offload.engine.repository import Repository
 from offload.engine.retention_lock import ask
-from offload.errors import PolicyError
+from offload.errors import PolicyError, UnavailableError
 from offload.format import layout
 from offload.ids import new_id
 from offload.model import Backup, BackupId
@@ -52,7 +52,16 @@ def prove(store: Store) -> None:
         return
     name = f"{layout.PROBES}{new_id()}"
     until = (store.clock() + timedelta(seconds=_PROOF_S)).replace(microsecond=0)
-    store.put(name, [b"object lock\n"], retain_until=until)
+    store.put(f"{name}.plain", [b"no lock\n"])  # what fails now fails because of the lock
+    store.delete(f"{name}.plain")
+    try:
+        store.put(name, [b"object lock\n"], retain_until=until)
+    except UnavailableError as error:
+        raise PolicyError(
+            f"the bucket of the store {store.url} has no object lock: {error.message}",
+            code="no-object-lock",
+            hint="object lock is chosen when a bucket is made; make another one",
+        ) from error
     found = ask(store, store.originals([name]).values()).get(name)
     if found is None or abs(found - until) > _SECOND:
         raise PolicyError(
