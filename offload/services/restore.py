@@ -93,18 +93,31 @@ def restore(ctx: Context, request: Request, *, progress: Progress | None = None)
         targets = restore_target.find(
             [name for _, name, _ in images], request.to, request.form, in_place=request.diff
         )
-        for target in targets:  # all before the first is touched
+        heads = [
+            _head(ctx, full, image, target, request)
+            for (full, _, image), target in zip(images, targets, strict=True)
+        ]
+        there = [
+            not request.restart and restore_record.finished(ctx.instance, head) for head in heads
+        ]
+        for target, whole in zip(targets, there, strict=True):  # all before the first is touched
             restore_target.check(
                 target,
                 ctx.instance.config,
-                overwrite=request.overwrite,
+                overwrite=request.overwrite or whole,
                 production=request.production,
             )
         op = stack.enter_context(
             ctx.journal.operation("restore", f"{request.what} to {request.to}")
         )
         done = []
-        for (full, volume, image), target in zip(images, targets, strict=True):
+        for (_, volume, image), target, head, whole in zip(
+            images, targets, heads, there, strict=True
+        ):
+            if whole:  # by an interrupted run of this command
+                tally = Tally(resumed=image.size_bytes)
+                done.append(_restored(volume, image, target, tally))
+                continue
             run = _Run(
                 ctx=ctx,
                 op=op,
@@ -113,9 +126,12 @@ def restore(ctx: Context, request: Request, *, progress: Progress | None = None)
                 target=target,
                 request=request,
                 progress=progress,
-                head=_head(ctx, full, image, target),
+                head=head,
             )
             done.append(_restored(volume, image, target, run.run()))
+        for head in heads:
+            restore_record.forget(ctx.instance, head)
+        step("restore.forgotten")
     return RestoreReport(
         origin=str(origin),
         volumes=tuple(done),
@@ -136,21 +152,27 @@ def _restored(volume: str, image: Image, target: Target, tally: Tally) -> Restor
     )
 
 
-def _head(ctx: Context, origin: str, image: Image, target: Target) -> Head:
+def _head(ctx: Context, origin: str, image: Image, target: Target, request: Request) -> Head:
     head = Head(
         origin=origin,
         to=target.to,
         identity=target.identity,
         size_bytes=image.size_bytes,
         form=target.form,
+        run=f"{origin.partition('/')[0]} {Path(request.to).absolute()} {request.form}",
     )
     return replace(head, temp=target.temp(head.key(ctx.instance)))
 
 
 def in_place(request: Request) -> bool:
     """Whether something that is there would be written over: worth a question."""
+    if not request.diff or "://" in request.to:
+        return request.diff
     target = Path(request.to)
-    return request.diff and ("://" in request.to or (target.exists() and not target.is_dir()))
+    try:
+        return any(target.iterdir()) if target.is_dir() else target.exists()
+    except OSError:
+        return True  # the restore itself will say what is wrong with it
 
 
 def _images(ctx: Context, origin: Origin, stack: ExitStack) -> Iterator[tuple[str, str, Image]]:
@@ -193,8 +215,7 @@ class _Run:
         record, left = restore_record.open_record(self.ctx.instance, self.head)
         try:
             tally = self._with_record(record, left)
-            record.remove()
-            step("restore.forgotten")
+            record.finish(restore_record.identity_of(self.target.to))
             return tally
         except (IntegrityError, PolicyError):
             if self.head.temp:

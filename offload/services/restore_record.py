@@ -9,7 +9,7 @@ torn last line is ignored: what it named is written again.
 | a temporary file without a finished range | `recover` removes it and the record |
 | a temporary file with finished ranges | both stay: the same restore goes on from there |
 | a device, NBD export or file in place that was written to | the record stays: it says so |
-| a target that is complete, and its record | `recover` removes the record |
+| a target that is complete, and its record | the record goes with the command's last one |
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from typing import Any
 
 from offload.errors import BusyError, UnavailableError
 from offload.extents import Ranges, normalize, total, union
-from offload.filesystem import fsync_folder
+from offload.filesystem import file_identity, fsync_folder
 from offload.instance import Instance
 from offload.sink import PART
 
@@ -43,6 +44,7 @@ class Head:
     size_bytes: int
     form: str = "raw"
     temp: str = ""  # "": the target itself is written
+    run: str = ""  # the same for all volumes that one command restores
     began_at: str = ""
 
     def key(self, instance: Instance) -> str:
@@ -61,6 +63,7 @@ class Unfinished:
     last: Ranges  # of the last line: the first to be looked at again
     touched: bool  # the target itself was written to
     running: bool
+    finished: str | None = None  # the file that it became; other volumes were still to come
 
     @property
     def done_bytes(self) -> int:
@@ -75,6 +78,8 @@ class Unfinished:
     @property
     def resumable(self) -> bool:
         """Whether there is something to go on from, or to know about."""
+        if self.finished is not None:
+            return False
         if self.head.temp:
             return bool(self.done) and Path(self.head.temp).exists()
         return self.touched and not self.complete
@@ -95,6 +100,10 @@ class Record:
     def touch(self) -> None:
         """The target itself is written to from here on."""
         self._append({"touched": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    def finish(self, identity: str) -> None:
+        """The target is whole; `identity` as of `identity_of`."""
+        self._append({"finished": identity})
 
     def restart(self) -> None:
         """Nothing counts that was noted so far."""
@@ -184,8 +193,11 @@ def _cut_torn_line(fd: int) -> None:
 
 
 def unfinished(instance: Instance) -> list[Unfinished]:
-    """All records, oldest first. Changes nothing."""
-    folder = records_dir(instance)
+    """All that were interrupted or run, oldest first. Changes nothing."""
+    return [entry for entry in _all(records_dir(instance)) if entry.finished is None]
+
+
+def _all(folder: Path) -> list[Unfinished]:
     paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
     found = [entry for path in paths if (entry := _read(path)) is not None]
     return sorted(found, key=lambda entry: entry.head.began_at)
@@ -193,7 +205,7 @@ def unfinished(instance: Instance) -> list[Unfinished]:
 
 def of_target(instance: Instance, identity: str) -> Iterator[Unfinished]:
     """The unfinished restores to one target."""
-    return (entry for entry in unfinished(instance) if entry.head.identity == identity)
+    return (e for e in _all(records_dir(instance)) if e.head.identity == identity)
 
 
 def look(path: Path) -> Unfinished | None:
@@ -222,15 +234,50 @@ def settle(path: Path, temp: str) -> None:
     if entry is None:
         remove_temporary(temp)
         _remove(path)
-    elif not entry.resumable:
+    elif not entry.resumable and not _awaited(entry):
         remove_temporary(entry.head.temp)
         _remove(path)
+
+
+def _awaited(entry: Unfinished) -> bool:
+    """Whether this volume is whole and another one of the same command is not."""
+    return entry.finished is not None and any(
+        other.head.run == entry.head.run and other.resumable for other in _all(entry.path.parent)
+    )
+
+
+def finished(instance: Instance, head: Head) -> bool:
+    """Whether an interrupted command has brought this very volume to where it is now."""
+    entry = _read(record_path(instance, head))
+    return entry is not None and bool(entry.finished) and entry.finished == identity_of(head.to)
+
+
+def identity_of(path: str) -> str:
+    """What a file is by name, size and time: it changes when anybody writes to it. "" for others
+    than files, and where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                return ""
+            return f"{file_identity(fd)}:{status.st_size}:{status.st_mtime_ns}"
+        finally:
+            os.close(fd)
+    except OSError:
+        return ""
+
+
+def forget(instance: Instance, head: Head) -> None:
+    """The command is complete. Idempotent."""
+    _remove(record_path(instance, head))
 
 
 def remove_temporary(temp: str) -> None:
     """Remove a temporary file of ours, and nothing else. Idempotent."""
     if temp.endswith(PART):
-        Path(temp).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            Path(temp).unlink()
 
 
 def _read(path: Path) -> Unfinished | None:
@@ -254,16 +301,24 @@ def _collect(path: Path, head: Head, lines: list[dict[str, Any]], running: bool)
     done: Ranges = []
     last: Ranges = []
     touched = False
+    finished = None
     for line in lines:
         if "restart" in line:
-            done, last = [], []
+            done, last, finished = [], [], None
+        finished = line.get("finished", finished)
         touched = touched or "touched" in line
         if "done" in line:
             last = [(int(start), int(end)) for start, end in line["done"]]
             done = union(done, last)
     return Unfinished(
-        path=path, head=head, done=done, last=last, touched=touched, running=running
-    )  # fmt: skip
+        path=path,
+        head=head,
+        done=done,
+        last=last,
+        touched=touched,
+        running=running,
+        finished=finished,
+    )
 
 
 def _locked(fd: int) -> bool:

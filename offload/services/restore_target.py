@@ -24,6 +24,7 @@ RAW = "raw"
 _OTHER_ENDINGS = (".vdi", ".vhd", ".vmdx", ".ova", ".ovf", ".qed", ".gz", ".zst", ".xz")
 # How files of the formats begin: writing a raw image into one in place would destroy it.
 _MAGIC = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
+_NAME_CHARS = 50  # of the target's name in the temporary one: at most 200 of 255 bytes
 _SPARE_BYTES = 1 << 20  # for what file systems and formats keep beside the data
 
 
@@ -54,12 +55,12 @@ class Target:
         """The temporary file's name; "" where the target itself is written."""
         if self.kind is not TargetKind.FILE:
             return ""
-        return str(self.path.with_name(f".{self.path.name}.{key}{PART}"))
+        return str(self.path.with_name(f".{self.path.name[:_NAME_CHARS]}.{key}{PART}"))
 
 
 def find(volumes: list[str], to: str, form: str | None, *, in_place: bool) -> list[Target]:
     """A target for each volume. Raises UsageError (`bad-target`, `many-volumes`, `bad-format`)."""
-    if "://" not in to and not to.startswith("nbd+") and Path(to).is_dir():
+    if "://" not in to and stat.S_ISDIR(_mode(Path(to))):
         ending = FORMATS.get(form or RAW, ".raw")
         names = [str(Path(to) / f"{volume}{ending}") for volume in volumes]
         return [_one(name, form, in_place=in_place) for name in names]
@@ -81,12 +82,13 @@ def _one(to: str, form: str | None, *, in_place: bool) -> Target:
             f"cannot restore to '{to}'", code="bad-target", hint="a path, a device or an nbd:// URI"
         )
     path = Path(to).absolute()
-    if _is_block_device(path):
+    mode = _mode(path)
+    if stat.S_ISBLK(mode):
         _raw_only(form, to)
         return Target(kind=TargetKind.DEVICE, to=str(path), identity=_device_identity(path))
-    if path.exists() and not path.is_file():
+    if mode and not stat.S_ISREG(mode):
         raise UsageError(f"{path} is neither a file nor a block device", code="bad-target")
-    if in_place and path.exists():
+    if in_place and mode:
         _raw_only(form, to)
         identity = _file_identity(path)
         return Target(kind=TargetKind.IN_PLACE, to=str(path), identity=identity)
@@ -117,11 +119,14 @@ def _by_ending(path: Path) -> str:
     return RAW
 
 
-def _is_block_device(path: Path) -> bool:
+def _mode(path: Path) -> int:
+    """What is there; 0 where nothing is."""
     try:
-        return stat.S_ISBLK(path.stat().st_mode)
-    except OSError:
-        return False
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise write_error(str(path), error) from error
 
 
 def _device_identity(path: Path) -> str:
@@ -177,7 +182,8 @@ def _check_store(target: Target, config: Config) -> None:
         folder = getattr(store, "path", None)
         if folder is None or target.kind is TargetKind.DEVICE:
             continue
-        if target.path.parent.resolve().is_relative_to(Path(folder).resolve()):
+        inside = target.path if target.kind is TargetKind.IN_PLACE else target.path.parent
+        if inside.resolve().is_relative_to(Path(folder).resolve()):
             raise PolicyError(
                 f"{target.path} lies inside the store {name}", code="target-in-store",
                 hint="choose a place outside of it",
