@@ -103,7 +103,7 @@ class LockedStore:
             try:
                 return usual()
             except (NotFoundError, IntegrityError):
-                if not self.distrust(name):
+                if not name.startswith(layout.PACKS) or not self.distrust(name):
                     raise
             replaced = self._replaced[name]
         return self.inner.get_version(replaced, offset, length)
