@@ -245,6 +245,7 @@ class ViewState(StrEnum):
 
     MOUNTED = "mounted"
     CLOSING = "closing"
+    KEPT = "kept"  # not served, by wish: what was written to it stays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
         "offload mount shop",
         "offload mount timemark:k3f9/shop-db --name inspect",
         "offload mount backup:b7k2/shop-db --writable",
+        "offload mount --again shop-db-b7k2",
         "offload mount backup:b7k2/shop-db --tcp --port 10809",
         "offload mount shop --tcp --address 192.0.2.10 --tls certificates --allow 192.0.2.20",
         "offload mount shop --target lio --initiator iqn.1998-01.com.example:esx1",
@@ -34,6 +35,7 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
 @click.argument(
     "origins", nargs=-1, required=True, metavar="ORIGIN...", shell_complete=complete.origins
 )
+@click.option("--again", is_flag=True, help="ORIGIN is a view that was kept: serve it again.")
 @click.option("--name", help="The view's name; for one volume only.")
 @click.option("--target", default="nbd", show_default=True, help="What serves it: nbd, lio or tgt.")
 @click.option(
@@ -62,6 +64,7 @@ def mount(
     /,
     origins: tuple[str, ...],
     *,
+    again: bool,
     name: str | None,
     target: str,
     writable: bool,
@@ -76,6 +79,8 @@ def mount(
     """
     from offload.services import mount as service
 
+    if again and (name or writable or overlay_limit or tcp or any(exposure.values())):
+        raise click.UsageError("--again serves a view as it was: no other option goes with it")
     asked = _exposure(target, tcp=tcp, **exposure)
     if overlay_limit is not None and not writable:
         raise click.UsageError("--overlay-limit needs --writable")
@@ -88,7 +93,10 @@ def mount(
         exposure=asked,
     )
     with changing_context(settings) as context, progress(settings) as shown:
-        made = service.mount(context, origins, options, shown)
+        if again:
+            made = service.mount_again(context, origins)
+        else:
+            made = service.mount(context, origins, options, shown)
     rows = [[view.name, show_size(view.size_bytes), view.origin, view.uri] for view in made]
     emit(
         settings,
@@ -144,14 +152,28 @@ def _exposure(
 @click.argument("names", nargs=-1, metavar="VIEW...", shell_complete=complete.views)
 @click.option("--all", "all_views", is_flag=True, help="Every view of this instance.")
 @click.option("--group", shell_complete=complete.groups, help="All that `mount GROUP` made.")
+@click.option("--keep", is_flag=True, help="Keep what was written, for `mount --again`.")
 @click.option("--force", is_flag=True, help="Even where clients are connected.")
 @click.pass_context
 def unmount(
-    ctx: click.Context, names: tuple[str, ...], all_views: bool, group: str | None, force: bool
+    ctx: click.Context,
+    /,
+    names: tuple[str, ...],
+    *,
+    all_views: bool,
+    group: str | None,
+    keep: bool,
+    force: bool,
 ) -> None:
-    """Withdraw TimeViews, by name or id. A view with a client is refused unless --force."""
+    """Withdraw TimeViews, by name or id. A view with a client is refused unless --force.
+
+    What was written to a writable view goes with it, unless it is kept. To discard a kept view,
+    unmount it without --keep.
+    """
     from offload.services import mount as service
 
+    if keep and not names:
+        raise click.UsageError("--keep goes with the names of views")
     if (bool(names), all_views, group is not None).count(True) != 1:
         raise click.UsageError("name the views to unmount, or say --group or --all")
     settings = settings_of(ctx)
@@ -161,14 +183,16 @@ def unmount(
             if not names:
                 context.instance.config.group(group)  # an unknown group is an error
         gone = (
-            service.unmount(context, names, all_views=all_views, force=force)
+            service.keep(context, names, force=force)
+            if keep
+            else service.unmount(context, names, all_views=all_views, force=force)
             if names or all_views
             else []
         )
 
     def human() -> None:
         for view in gone:
-            click.echo(f"unmounted {view.name}")
+            click.echo(f"kept {view.name}" if keep else f"unmounted {view.name}")
         if not gone:
             click.echo("no views are mounted", err=True)
 
@@ -200,7 +224,7 @@ def views(ctx: click.Context) -> None:
     data = [
         {
             **view_fields(entry.view),
-            "state": entry.view.state if entry.alive else "dead",
+            "state": "dead" if _state(entry) == "dead" else entry.view.state,
             "alive": entry.alive,
             "clients": entry.clients,
             "overlay": entry.overlay,
@@ -213,6 +237,8 @@ def views(ctx: click.Context) -> None:
 
 
 def _state(entry: ViewStatus) -> str:
+    if entry.view.state == "kept":
+        return "kept"
     if not entry.alive:
         return "dead"
     mode = "writable" if entry.view.writable else "read-only"

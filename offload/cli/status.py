@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
-    from offload.services.status import PoolStatus, StatusReport
+    from offload.services.status import PoolStatus, StatusReport, ViewStatus
 
 
 @click.command(cls=Command, examples=["offload status", "offload status --json"])
@@ -98,11 +98,14 @@ def _backups(report: StatusReport) -> None:
 
 
 def _views(report: StatusReport) -> None:
-    rows = [
-        [view.name, view.id, "served" if view.alive else "dead", view.origin, view.uri]
-        for view in report.views
-    ]
+    rows = [[view.name, view.id, _state(view), view.origin, view.uri] for view in report.views]
     _section("\nViews", ["name", "id", "state", "origin", "uri"], rows)
+
+
+def _state(view: ViewStatus) -> str:
+    if view.kept:
+        return "kept"
+    return "served" if view.alive else "dead"
 
 
 def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -151,7 +151,7 @@ def _connect(monitor: Path, view: View) -> Qmp:
         raise UsageError(
             f"view {view.name} was mounted by an older version, which gave its daemon no monitor",
             code="view-unmovable",
-            hint="after a reboot (and offload recover) it has one",
+            hint=f"offload unmount {view.name} --keep; offload mount --again {view.name}",
         )
     return Qmp(monitor, _QMP_S)
 

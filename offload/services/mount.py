@@ -14,7 +14,8 @@ then deletes the TimeMark if it was made for this mount):
 | `mount.commit.after` | nothing: the view is mounted |
 
 `unmount` journals the same undo actions, so that recovery finishes it. `remount` journals only the
-end of the new server: the row stays, and the next recovery serves it again.
+end of the new server: the row stays, and the next recovery serves it again. So does `keep`, whose
+row says whether it is to be served.
 """
 
 from __future__ import annotations
@@ -158,13 +159,7 @@ def unmount(
 def _unmount(ctx: Context, chosen: Sequence[View], force: bool) -> list[View]:
     if not chosen:
         return []
-    attached = connect.of_views(ctx.catalog, chosen)
-    if not force:
-        _check_unconnected(attached)
-        for view in chosen:
-            _check_idle(ctx, view)
-    elif attached:
-        connect.disconnect(ctx, [connection.id for connection in attached], force=True)
+    _let_go(ctx, chosen, force)
     fresh = _fresh_timemarks(ctx, chosen)
     with ctx.journal.operation("unmount", ", ".join(view.name for view in chosen)) as op:
         for number, made in enumerate(fresh, 1):  # undone last
@@ -179,6 +174,60 @@ def _unmount(ctx: Context, chosen: Sequence[View], force: bool) -> list[View]:
             timemark.delete_if_unused(ctx, made)
             op.done(f"timemark-{number}")
     return list(chosen)
+
+
+def keep(ctx: Context, names: Sequence[str], *, force: bool = False) -> list[View]:
+    """End the servers of writable views; what was written stays, for `mount_again`.
+
+    All are checked before the first one goes. Raises what `unmount` raises, UsageError
+    (`view-read-only`).
+    """
+    chosen = list({view.id: view for view in map(ctx.catalog.view, names)}.values())
+    for view in chosen:
+        if not view.writable:
+            raise UsageError(
+                f"view {view.name} is read-only: nothing was written that could be kept",
+                code="view-read-only",
+                hint=f"offload unmount {view.name}",
+            )
+    _check_unmoved(_moving(ctx), chosen)
+    with ExitStack() as claims:
+        for view in sorted(chosen, key=lambda view: view.id):
+            claims.enter_context(claim_view(ctx.instance, view.id, wait=True))
+        _let_go(ctx, chosen, force)
+        return [_keep(ctx, ctx.catalog.view(view.id)) for view in chosen]
+
+
+def mount_again(ctx: Context, names: Sequence[str]) -> list[View]:
+    """Serve kept views again, at their addresses and with what was written.
+
+    Raises NotFoundError, BusyError (`view-mounted`), and what the target raises.
+    """
+    chosen = list({view.id: view for view in map(ctx.catalog.view, names)}.values())
+    served = []
+    with ExitStack() as stack:
+        for view in sorted(chosen, key=lambda view: view.id):
+            stack.enter_context(claim_view(ctx.instance, view.id, wait=True))
+            if ctx.catalog.view(view.id).state is not ViewState.KEPT:
+                raise BusyError(
+                    f"view {view.name} is mounted", code="view-mounted", hint="see: offload views"
+                )
+        for view in chosen:
+            again = _with_source(ctx, ctx.catalog.view(view.id), stack)
+            served.append(_serve_again(ctx, again))
+    return served
+
+
+def _keep(ctx: Context, view: View) -> View:
+    with ctx.journal.operation("keep", view.name) as op:
+        op.intend("server", "stop-server", _undo_args(ctx, view))
+        kept = replace(view, state=ViewState.KEPT)
+        ctx.catalog.update_view(kept)
+        op.done("row")
+        target = compose.target(view.target, ctx.instance)
+        target.withdraw(_run_dir(ctx, view.id), view.server)
+        op.done("server")
+    return kept
 
 
 def views(ctx: Context) -> list[ViewStatus]:
@@ -221,7 +270,7 @@ def remount(ctx: Context) -> Remounted:
     served, warnings = [], []
     for status in views(ctx):
         view = status.view
-        if status.alive:
+        if status.alive or view.state is ViewState.KEPT:
             continue
         try:
             with claim_view(ctx.instance, view.id, wait=False) as mine:
@@ -299,6 +348,17 @@ def _check_unmoved(moving: Mapping[str, str], chosen: Sequence[View]) -> None:
                 code="view-moving",
                 hint="wait for it, or end the migration with Ctrl-C",
             )
+
+
+def _let_go(ctx: Context, chosen: Sequence[View], force: bool) -> None:
+    """Refuse while somebody uses them, or, if forced, disconnect what is connected here."""
+    attached = connect.of_views(ctx.catalog, chosen)
+    if not force:
+        _check_unconnected(attached)
+        for view in chosen:
+            _check_idle(ctx, view)
+    elif attached:
+        connect.disconnect(ctx, [connection.id for connection in attached], force=True)
 
 
 def _check_unconnected(attached: Sequence[Connection]) -> None:
@@ -413,7 +473,7 @@ def _exported(ctx: Context, view: View, exposure: Exposure) -> View:
 def _serve_if_dead(ctx: Context, view_id: str) -> View | None:
     """With the view claimed: as it is now, which need not be what it was before."""
     view = next((view for view in ctx.catalog.views() if view.id == view_id), None)
-    if view is None or view.state is ViewState.CLOSING:
+    if view is None or view.state is not ViewState.MOUNTED:
         return None
     if any(intent.args.get("id") == view_id for intent in ctx.journal.running_intents()):
         return None  # mounted just now, or taken back by a recovery
@@ -443,6 +503,7 @@ def _serve_again(ctx: Context, view: View) -> View:
         target.withdraw(_run_dir(ctx, view.id), view.server)
         # at the port that it had
         again = _exported(ctx, view, replace(view.exposure, port=urlsplit(view.uri).port))
+        again = replace(again, state=ViewState.MOUNTED)
         op.done("server")
         ctx.catalog.update_view(again)
         op.done("row")

@@ -10,7 +10,7 @@ from pathlib import Path
 from offload import compose
 from offload.errors import OffloadError
 from offload.journal import Leftover
-from offload.model import Connection, View
+from offload.model import Connection, View, ViewState
 from offload.services import connect, mount, overlays, restore_record
 from offload.services.connect import ConnectionState
 from offload.services.context import Context
@@ -91,7 +91,9 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
     Raises CleanupError if something could not be taken back (the rest was).
     """
     if dry_run:
-        dead = tuple(s.view for s in mount.views(ctx) if not s.alive)
+        dead = tuple(
+            s.view for s in mount.views(ctx) if not s.alive and s.view.state is not ViewState.KEPT
+        )
         return RecoverReport(
             undone=tuple(ctx.journal.leftovers()),
             remounted=dead,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from offload.journal import Leftover
-from offload.model import Backup, TimeMark
+from offload.model import Backup, TimeMark, ViewState
 from offload.services import mount, overlays
 from offload.services.context import Context
 from offload.services.pools import PoolState, survey
@@ -49,6 +49,7 @@ class ViewStatus:
     origin: str
     uri: str
     alive: bool
+    kept: bool  # not served, by wish
     clients: int
 
 
@@ -103,7 +104,11 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
     alarms = [
         *_volume_alarms(reports),
         *_pool_alarms(pools),
-        *(f"view {view.name} is not served: offload recover" for view in views if not view.alive),
+        *(
+            f"view {view.name} is not served: offload recover"
+            for view in views
+            if not (view.alive or view.kept)
+        ),
         *overlays.alarms(context),
         *_backup_alarms(context, known),
         *(f"{entry.kind} {entry.subject} was cut off: offload recover" for entry in leftovers),
@@ -157,6 +162,7 @@ def _view(status: mount.ViewStatus) -> ViewStatus:
         origin=view.origin,
         uri=view.uri,
         alive=status.alive,
+        kept=view.state is ViewState.KEPT,
         clients=len(status.clients),
     )
 

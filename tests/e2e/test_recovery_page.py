@@ -32,6 +32,11 @@ def test_page_names_each_step_of_each_operation(site: Site) -> None:
     traced("timemark", "create", "shop")
     traced("mount", "shop", "--writable")
     traced("unmount", "--all")
+    traced("mount", "solo", "--writable", "--name", "w")
+    traced("unmount", "w", "--keep")
+    site.ok("mount", "--again", "w")
+    traced("migrate", "w", "--to", str(site.folder / "home.raw"))
+    site.ok("unmount", "w")
     traced("backup", "solo")
     (site.mounts["web"] / "random").write_bytes(b"new" * 1_000_000)
     traced("backup", "solo")
@@ -48,7 +53,7 @@ def test_page_names_each_step_of_each_operation(site: Site) -> None:
     steps = {general(step) for step in trace.read_text().split()}
     unnamed = sorted(s for s in steps if not s.startswith("undo.") and f"`{s}`" not in PAGE)
     assert {s.partition(".")[0] for s in steps} >= {
-        "timemark", "mount", "unmount", "backup", "restore", "backup-delete", "backup-hold",
-        "backup-release", "prune",
+        "timemark", "mount", "unmount", "keep", "migrate", "backup", "restore", "backup-delete",
+        "backup-hold", "backup-release", "prune",
     }  # fmt: skip
     assert unnamed == []
