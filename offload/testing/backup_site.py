@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from offload import compose
+from offload import compose, run
 from offload.engine.chunkindex import Location
 from offload.engine.manifests import read_manifest
 from offload.engine.readimage import StoredImage
@@ -209,7 +208,7 @@ class BackupSite:
 
     # -- processes of their own ------------------------------------------------------------------
 
-    def run(self, script: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, **env: str) -> run.Completed:
         """A piece of Python with `ctx`, in a process that may be killed at a step."""
         prelude = (
             "import sys\nfrom pathlib import Path\nfrom offload import compose\n"
@@ -218,10 +217,19 @@ class BackupSite:
             "with open_context(Path(sys.argv[1])) as ctx:\n"
         )
         body = "".join(f"    {line}\n" for line in script.splitlines())
-        return subprocess.run(
-            [sys.executable, "-c", prelude + body, str(self.config)],
-            env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        argv = [sys.executable, "-c", prelude + body, str(self.config)]
+        return run.run(argv, env=env, timeout_s=120, check=False)
+
+
+def unnamed_steps(steps: Iterable[str], page: str) -> list[str]:
+    """Steps that the page on recovery does not name; its names are general."""
+    found = []
+    for step in steps:
+        name = re.sub(r"-\d+(?=\.)", "-N", step)
+        name = re.sub(r"image\.(db|web)$", "image.VOLUME", name)
+        if f"`{name}`" not in page:
+            found.append(name)
+    return found
 
 
 @contextmanager

@@ -25,8 +25,9 @@ from offload.retention import KeepRules
 from offload.services.copy import Copied, CopyRequest, copy
 from offload.services.prune import prune
 from offload.services.verify import VerifyOptions, verify
-from offload.testing.backup_site import CHUNK, PROVIDER, BackupSite, backup_site
+from offload.testing.backup_site import CHUNK, PROVIDER, BackupSite, backup_site, unnamed_steps
 
+PAGE = Path(__file__).parents[2] / "docs" / "design" / "recovery.md"
 WAYS = ["same-key", "new-key", "new-cut"]
 COPY = "from offload.services.copy import CopyRequest, copy\ncopy(ctx, CopyRequest(source='main', target='away'))"  # noqa: E501
 
@@ -209,16 +210,17 @@ def test_copy_killed_at_any_step_is_taken_back_or_whole_and_goes_on(
         site.scribble("db")
         site.back_up()
     trace = tmp_path / "trace"
-    assert site.run(COPY, **{TRACE_ENV: str(trace)}).returncode == 0
+    assert site.run(COPY, **{TRACE_ENV: str(trace)}).status == 0
     steps = list(dict.fromkeys(trace.read_text().split()))
     assert "copy.manifest.written" in steps
+    assert unnamed_steps(steps, PAGE.read_text()) == []
     if way == "new-key":  # what differs from the other way is how packs are filled
         steps = [name for name in steps if name.startswith(("store.", "copy.batch-1."))]
     for name in steps:
         for ident in site.objects("away", "manifests"):
             (site.folder / "away" / ident).unlink()
         prune_away(site)
-        assert site.run(COPY, **{CRASH_ENV: name}).returncode == -signal.SIGKILL, name
+        assert site.run(COPY, **{CRASH_ENV: name}).status == -signal.SIGKILL, name
         site.ctx.journal.recover()
         assert site.ctx.journal.leftovers() == []
         assert site.objects("away", "pins") == [], name
@@ -243,7 +245,7 @@ def test_copy_killed_late_sends_only_the_rest(site: BackupSite, tmp_path: Path) 
     make_away(site, "same-key")
     site.back_up()
     crash = {CRASH_ENV: "copy.images.written"}
-    assert site.run(COPY, **crash).returncode == -signal.SIGKILL
+    assert site.run(COPY, **crash).status == -signal.SIGKILL
     site.ctx.journal.recover()
     (done,) = copy_all(site)
     assert (done.read_bytes, done.stored_bytes) == (0, 0)

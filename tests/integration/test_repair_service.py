@@ -23,8 +23,9 @@ from offload.services.copy import CopyRequest, copy
 from offload.services.prune import prune
 from offload.services.repair import repair
 from offload.services.verify import VerifyOptions, verify
-from offload.testing.backup_site import CHUNK, PROVIDER, BackupSite, backup_site
+from offload.testing.backup_site import CHUNK, PROVIDER, BackupSite, backup_site, unnamed_steps
 
+PAGE = Path(__file__).parents[2] / "docs" / "design" / "recovery.md"
 REPAIR = "from offload.services.repair import repair\nrepair(ctx, 'main')"
 
 
@@ -336,7 +337,8 @@ def test_repair_killed_at_any_step_leaves_no_pin_and_the_next_one_mends(
     trace = tmp_path / "trace"
     site.spoil(bases[0])
     verify(site.ctx, all_backups=True, store="main")
-    assert site.run(REPAIR, **{TRACE_ENV: str(trace)}).returncode == 0
+    assert site.run(REPAIR, **{TRACE_ENV: str(trace)}).status == 0
+    assert unnamed_steps(trace.read_text().split(), PAGE.read_text()) == []
     steps = [s for s in dict.fromkeys(trace.read_text().split()) if "commit" not in s]
     for name in steps:
         for place in site.places(bases[1]):
@@ -346,7 +348,7 @@ def test_repair_killed_at_any_step_leaves_no_pin_and_the_next_one_mends(
                 at = place.entry.payload_offset + place.entry.stored_length // 2
                 site.flip("main", place.pack, at)
         verify(site.ctx, all_backups=True, store="main")
-        assert site.run(REPAIR, **{CRASH_ENV: name}).returncode == -signal.SIGKILL, name
+        assert site.run(REPAIR, **{CRASH_ENV: name}).status == -signal.SIGKILL, name
         site.ctx.journal.recover()
         assert site.objects("main", "pins") == [], name
         repair(site.ctx, "main")
