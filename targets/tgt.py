@@ -168,18 +168,6 @@ class TgtTarget:
             raise
         return [Client(address=one.address, name=_printable(one.initiator)) for one in found]
 
-    def monitor(self, run_dir: Path) -> Path:
-        """The QMP socket of the daemon behind a writable view; see `offload.target.Movable`."""
-        return backing.monitor(run_dir)
-
-    def settled(self, server: Mapping[str, str]) -> dict[str, str]:
-        """The record without what served the source."""
-        return backing.settled(server)
-
-    def end_source(self, run_dir: Path) -> None:
-        """End what served the source."""
-        backing.end_source(run_dir)
-
     # -- one view ---------------------------------------------------------------------------------
 
     def _serve(self, request: ExportRequest) -> Endpoint:

@@ -141,7 +141,9 @@ def _target(instance: Instance, view: View) -> Movable:
     target = compose.target(view.target, instance)
     if not isinstance(target, Movable):
         raise UsageError(
-            f"the target {view.target} cannot move views that it serves", code="view-unmovable"
+            f"the target {view.target} cannot exchange what is under a view that it serves",
+            code="view-unmovable",
+            hint="views of the targets nbd and lio can be migrated",
         )
     return target
 

@@ -24,6 +24,7 @@ from offload.model import View
 from offload.services import migrate, mount, recover
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
+from offload.testing.instances import free_port
 
 MIB = 1 << 20
 SIZE = 24 * MIB
@@ -41,6 +42,8 @@ state_dir = "{folder}/state"
 runtime_dir = "{folder}/run"
 [pool]
 min_free = "0%"
+[iscsi]
+port = {port}
 [volumes.db]
 provider = "copy"
 path = "{folder}/db.raw"
@@ -63,7 +66,7 @@ def config(folder: Path) -> Path:
         out.write(os.urandom(2 * MIB))
         out.truncate(SIZE)
     path = folder / "offload.toml"
-    path.write_text(CONFIG.format(folder=folder))
+    path.write_text(CONFIG.format(folder=folder, port=free_port()))
     return path
 
 
@@ -234,6 +237,29 @@ def test_migrate_to_an_nbd_export_holds_every_write(
     finally:
         server.kill()
         server.wait()
+
+
+def test_migrate_of_a_view_on_a_target_that_cannot_is_refused(ctx: Context, folder: Path) -> None:
+    """tgt reads a file that may grow, under which QEMU mirrors nothing."""
+    mount.mount(ctx, ["shop"], MountOptions(writable=True, name="v", target="tgt"))
+    with pytest.raises(UsageError) as caught:
+        migrate.migrate(ctx, "v", str(folder / "home.raw"))
+    assert caught.value.code == "view-unmovable"
+    assert "lio" in caught.value.hint
+    assert not (folder / "home.raw").exists()
+
+
+def test_migrated_view_kept_and_mounted_again_is_served_from_home(
+    ctx: Context, view: View, folder: Path
+) -> None:
+    before = read(view)
+    migrate.migrate(ctx, "v", str(folder / "home.raw"))
+    mount.keep(ctx, ["v"])
+    (again,) = mount.mount_again(ctx, ["v"])
+    assert again.uri == view.uri
+    assert read(again) == before
+    mount.unmount(ctx, ["v"])
+    assert (folder / "home.raw").read_bytes() == before
 
 
 @pytest.mark.needs_root
