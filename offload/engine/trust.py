@@ -47,10 +47,10 @@ def sample_unchanged(
     budget = min(_MOST, max(_LEAST, int(total(changed) * _SHARE)))
     stored = StoredImage(repository, parent.root, size, image.block_size)
     read = 0
-    old_pages = list(parent.data_pages())
     for turn in range(max(2, budget // _PIECE)):
-        if turn % 2 and old_pages:  # where the parent has data: the rest may be mostly holes
-            found = _piece_of_page(parent, pick.choice(old_pages), pick)
+        page = _random_page(parent, pick) if turn % 2 else None
+        if page is not None:  # where the parent has data: the rest may be mostly holes
+            found = _piece_of_page(parent, page, pick)
             if intersect(changed, [found]):
                 continue
         else:
@@ -66,6 +66,20 @@ def sample_unchanged(
             )
             return Verdict(read_bytes=read, alarm=alarm)
     return Verdict(read_bytes=read, alarm="")
+
+
+def _random_page(parent: TreeReader, pick: random.Random) -> int | None:
+    """A random leaf page with data, or None if there is none.
+
+    Found from the root down, one page a level: to list them all is to read a whole large tree.
+    """
+    page = 0
+    for level in range(parent.shape.levels - 1, 0, -1):
+        children = [i for i, child in enumerate(parent.inner_page(level, page)) if child]
+        if not children:
+            return None
+        page = page * parent.shape.page_entries + pick.choice(children)
+    return page if any(parent.leaf_page(page)) else None
 
 
 def _piece_of_page(parent: TreeReader, page: int, pick: random.Random) -> tuple[int, int]:
