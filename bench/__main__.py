@@ -19,13 +19,14 @@ from bench import (
     restores,
     stages,
     targets,
+    verifying,
 )
 from bench.ground import Ground, choose_folder, ground
 from bench.report import Table, write_page
 
 PARTS = (
-    "stages", "full", "restore", "reading", "incremental", "nights", "start", "many", "targets",
-    "luns", "first", "freeze", "fleet", "latency",
+    "stages", "full", "restore", "verify", "reading", "incremental", "nights", "start", "many",
+    "targets", "luns", "first", "freeze", "fleet", "latency",
 )  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> lis
             show(backups.full(place, rounds, limit_s))
         if "restore" in wanted:
             show(restores.measure(place, rounds))
+        if "verify" in wanted:
+            show(verifying.measure(place, rounds))
         if "reading" in wanted:
             show(reading.measure(place, rounds))
         if "incremental" in wanted:
