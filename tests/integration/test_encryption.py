@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from offload import run
 from offload.engine import packwriter
 from offload.engine.packwriter import Compressor, PackWriter
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
-from offload.engine.unlock import wrappers
+from offload.engine.unlock import open_ring, wrappers
 from offload.engine.writeimage import Job, write_image
 from offload.errors import IntegrityError, OffloadError
 from offload.format import layout
@@ -31,10 +33,11 @@ from offload.format.keyfile import (
     key_file_text,
     new_ring,
     next_ring,
+    recovery_text,
     unwrap,
     wrap,
 )
-from offload.format.layout import encode_parameters, new_parameters
+from offload.format.layout import decode_parameters, encode_parameters, new_parameters
 from offload.format.manifest import Manifest, decode_manifest, encode_manifest
 from offload.format.pack import MAX_HEAD, PackCipher, read_footer
 from offload.model import Backup, BackupId, Consistency, ImageRecord, Instant
@@ -85,6 +88,13 @@ class Vault:
 
     def names(self, prefix: str) -> list[str]:
         return list(self.store.list(prefix))
+
+    def add_way(self, secret: Secret) -> None:
+        """Add a wrapper for this secret."""
+        parameters = decode_parameters(self.store.get(layout.STORE_OBJECT), "")
+        ring, _ = open_ring(self.store, parameters, SECRET, "the key")
+        raw = wrap(ring, secret, ident="zzzzzzzzzz", label="", store_id=parameters.store_id)
+        self.store.put(layout.key_name("zzzzzzzzzz"), [raw])
 
     def contents(self) -> dict[str, bytes]:
         """Every backup, restored."""
@@ -331,6 +341,76 @@ def test_salts_come_from_the_index_so_that_no_pack_header_is_read(
                 repository.read(entry.id)
         repository.index.close()
     assert heads == []
+
+
+# -- a reader made from the specification alone --------------------------------------------------
+
+READER = Path(__file__).parents[1] / "independent_reader.py"
+
+
+def _read_alone(vault: Vault, backup: str, *options: str) -> run.Completed:
+    out = str(vault.folder / "out")
+    argv = [sys.executable, "-I", str(READER), vault.store.url, backup, "db", out, *options]
+    return run.run(argv, check=False)
+
+
+@pytest.mark.parametrize("packs", [[], ["--packs"]], ids=["index", "packs"])
+@pytest.mark.parametrize("kind", list(WrapperKind))
+def test_independent_reader_opens_each_way_and_reads_deltas(
+    vault: Vault, kind: WrapperKind, packs: list[str]
+) -> None:
+    way, secret = vault.folder / "way", SECRET
+    if kind is WrapperKind.FILE:
+        way.write_text(key_file_text(SECRET.value) + "\n")
+    else:
+        text = recovery_text(bytes(32)) if kind is WrapperKind.RECOVERY else "Straße 17"
+        way.write_text(text + "\n")
+        value = bytes(32) if kind is WrapperKind.RECOVERY else text.encode()
+        secret = Secret(kind=kind, value=value)
+        vault.add_way(secret)
+    for name, data in vault.images.items():
+        done = _read_alone(vault, name.removeprefix(layout.MANIFESTS), *packs, f"{kind}:{way}")
+        assert (done.status, done.stderr) == (0, "")
+        assert (vault.folder / "out").read_bytes() == data
+    way.write_text(
+        key_file_text(bytes(32)) if kind is WrapperKind.FILE else recovery_text(b"x" * 32)
+    )
+    done = _read_alone(vault, "aaaaaaaaaa", f"{kind}:{way}")
+    assert (done.status, done.stderr) == (1, "damaged: no key fits\n")
+
+
+def test_independent_reader_follows_folds_and_voids(vault: Vault) -> None:
+    key = f"file:{vault.folder / 'v' / 'key'}"
+    repository = vault.open()
+    raw = vault.store.get("manifests/bbbbbbbbbb")
+    (image,) = decode_manifest("manifests/bbbbbbbbbb", raw, repository.keys, "").backup.images
+    new = {"aaaaaaaaaa": {"db": image.root}}
+    fold = {"format": "offload-fold", "version": 1, "backups": new}
+    repository.put_sealed(layout.fold_name("ffffffffff"), {**fold, "sequence": 2})
+    lost = {"aaaaaaaaaa": {"db": "00" * 32}}
+    older = {**fold, "backups": lost}
+    repository.put_sealed(layout.fold_name("eeeeeeeeee"), {**older, "sequence": 1})
+    repository.put_sealed(layout.fold_name("vvvvvvvvvv"), {**older, "sequence": 3})  # it is void
+    assert _read_alone(vault, "aaaaaaaaaa", key).status == 0
+    assert (vault.folder / "out").read_bytes() == vault.images["manifests/bbbbbbbbbb"]
+    repository.put_sealed(layout.void_name("bbbbbbbbbb"), {"writer": "bbbbbbbbbb"})
+    assert "given up" in _read_alone(vault, "bbbbbbbbbb", key).stderr
+    repository.close()
+
+
+def test_independent_reader_stops_at_damage(vault: Vault) -> None:
+    key = f"file:{vault.folder / 'v' / 'key'}"
+    for prefix in (layout.PACKS, layout.INDEXES, layout.MANIFESTS, layout.KEYS):
+        (name, *_) = vault.names(prefix)
+        good = vault.path(name).read_bytes()
+        wrong = bytearray(good)
+        wrong[len(good) // 2] ^= 1
+        _overwrite(vault.path(name), bytes(wrong))
+        done = _read_alone(vault, "aaaaaaaaaa", key)
+        assert done.status == 1
+        assert done.stderr.startswith("damaged")
+        _overwrite(vault.path(name), good)
+    assert _read_alone(vault, "aaaaaaaaaa", key).status == 0
 
 
 # -- the check at write time ----------------------------------------------------------------------
