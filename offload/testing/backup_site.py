@@ -54,6 +54,7 @@ atomic = "record"
 kind = "disk"
 path = "{folder}/main"
 min_free = "0%"
+grace = "0s"
 
 [stores.away]
 kind = "disk"

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Lock
 
 import pytest
 
@@ -18,9 +19,10 @@ from offload.engine.verified import choose_packs
 from offload.errors import IntegrityError
 from offload.format.pack import Kind
 from offload.journal import CRASH_ENV, TRACE_ENV
+from offload.progress import NoProgress
 from offload.services import backups as finished
 from offload.services.copy import CopyRequest, copy
-from offload.services.prune import prune
+from offload.services.prune import PruneReport, prune
 from offload.services.repair import repair
 from offload.services.verify import VerifyOptions, verify
 from offload.testing.backup_site import CHUNK, PROVIDER, BackupSite, backup_site, unnamed_steps
@@ -361,3 +363,34 @@ def test_pieces_have_the_kinds_that_the_tests_take_them_for(site: BackupSite) ->
     assert site.places(leaf.base)[0].entry.kind == Kind.DATA
     assert site.places(leaf.deltas[-1])[0].entry.kind == Kind.DELTA
     assert site.places(site.page_ids(last_of(site), "db")[-1])[0].entry.kind == Kind.PAGE
+
+
+# -- beside prune --------------------------------------------------------------------------------
+
+
+class _PrunesOnce(NoProgress):
+    """A prune that comes while the first pack has been read."""
+
+    def __init__(self, site: BackupSite) -> None:
+        self.site = site
+        self.report: PruneReport | None = None
+        self._mutex = Lock()
+
+    def advance(self, task: str, count_bytes: int) -> None:  # noqa: ARG002 - of the Protocol
+        with self._mutex:
+            if self.report is None and task.startswith("store "):
+                self.report = prune(self.site.ctx, "main")
+
+
+def test_verify_takes_packs_that_a_prune_moves_meanwhile_for_no_damage(site: BackupSite) -> None:
+    for _ in range(3):
+        site.write("web", 0, site.random.randbytes(12 * CHUNK))
+        site.scribble("db", 20)
+        site.back_up()
+    finished.delete(site.ctx, list(site.taken)[:5])
+    beside = _PrunesOnce(site)
+    report = verify(site.ctx, all_backups=True, store="main", progress=beside)
+    assert beside.report is not None
+    assert beside.report.packs_deleted > 0
+    assert (report.problems, report.quarantined) == ((), ())
+    site.check_all()
