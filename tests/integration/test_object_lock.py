@@ -21,9 +21,12 @@ from offload.objectlock import LockRules
 from offload.retention import KeepRules
 from offload.services import backups
 from offload.services.backup import backup
+from offload.services.context import open_context
 from offload.services.prune import prune
+from offload.services.store_init import InitOptions, init
 from offload.stores.s3_lock import LockedStore
 from offload.testing.backup_site import PROVIDER
+from offload.testing.fault_proxy import fault_proxy
 from offload.testing.locked_site import LockedSite, Place, locked_site
 from offload.testing.rgw import RunningRgw
 
@@ -243,3 +246,32 @@ def test_store_init_on_a_bucket_without_object_lock_is_refused(
     assert caught.value.code == "no-object-lock"
     client = rgw.client()
     assert client.list_objects_v2(Bucket=place.bucket)["KeyCount"] == 0
+
+
+@pytest.mark.needs_root
+def test_no_change_of_a_sparse_tebibyte_is_few_requests_and_no_walk(
+    rgw: RunningRgw, tmp_path: Path, xfs_pool: Path
+) -> None:
+    """Locks are known here; what is asked does not grow with the image."""
+    volume = xfs_pool / "big.raw"
+    with volume.open("wb") as out:
+        out.truncate(1 << 40)
+        for piece in range(100):
+            out.seek(piece * (10 << 30))
+            out.write(bytes((piece + 1,)) * 4096)
+    with fault_proxy(rgw.endpoint) as proxy:
+        place = Place(rgw=rgw, bucket=rgw.new_bucket(locked=True), more=LOCK)
+        text = place.text(tmp_path, tmp_path).replace(rgw.endpoint, proxy.endpoint)
+        text = text.replace('"copy"', '"reflink"').replace(f"{tmp_path}/db.raw", str(volume))
+        (tmp_path / "offload.toml").write_text(text.replace('["db", "web"]', '["db"]'))
+        with open_context(tmp_path / "offload.toml") as ctx:
+            init(ctx, "main", InitOptions())
+            for _ in range(2):
+                backup(ctx, "shop", "main")
+            proxy.forget()
+            report = backup(ctx, "shop", "main")
+            assert report.images[0].mode == "incremental"
+            assert report.stored_bytes == 0
+            assert proxy.count(part="retention") <= 8
+            assert proxy.count("PUT", "retention") == 0
+            assert proxy.count() < 150
