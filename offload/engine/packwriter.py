@@ -228,7 +228,7 @@ class PackWriter:
 
     def _check(self, pack: _Pack, entry: Entry, stored: Buffer) -> None:
         """What is about to be stored can be read, and is what was hashed."""
-        payload = pack.cipher.decrypt(entry, memoryview(stored))
+        payload = pack.cipher.decrypt(entry, stored)
         try:
             if payload is not None:
                 self.repository.decompress(entry, payload, pack.name)
