@@ -14,6 +14,7 @@ from offload.engine.chunkindex import ChunkIndex
 from offload.errors import UnavailableError
 from offload.format.pack import ENTRY, RECORD, TRAILER, Entry
 
+_RECENT = 200_000  # ids in memory: 20 MB
 _SCHEMA = """
 CREATE TABLE live(id BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE usable(number INTEGER PRIMARY KEY, name TEXT UNIQUE);
@@ -50,6 +51,7 @@ class LiveSet:
     """Made of the index as it is when `choose` is called. One thread."""
 
     def __init__(self, index: ChunkIndex) -> None:
+        self._recent: set[bytes] = set()  # one backup says mostly what the one before it did
         self._db = sqlite3.connect("", isolation_level=None)  # a temporary file, gone when closed
         try:
             self._db.execute("ATTACH ? AS cache", (str(index.path),))
@@ -65,7 +67,11 @@ class LiveSet:
 
     def add(self, ids: Sequence[bytes]) -> None:
         """Mark ids as in use."""
-        self._db.executemany("INSERT OR IGNORE INTO live VALUES (?)", ((i,) for i in ids))
+        new = set(ids) - self._recent
+        self._db.executemany("INSERT OR IGNORE INTO live VALUES (?)", ((i,) for i in new))
+        self._recent |= new
+        if len(self._recent) > _RECENT:
+            self._recent.clear()
 
     def __contains__(self, ident: bytes) -> bool:
         found = self._db.execute("SELECT 1 FROM live WHERE id = ?", (ident,)).fetchone()

@@ -37,8 +37,12 @@ class Roots:
         return frozenset(pin.id for pin in self.pins)
 
 
-def find_roots(repository: Repository, store: str) -> Roots:
-    """Pins, then folds and manifests, then pins again.
+Manifests = dict[str, Backup]  # by object name, with the roots that stand in them
+
+
+def find_roots(repository: Repository, store: str, known: Manifests | None = None) -> Roots:
+    """Pins, then folds and manifests, then pins again. Manifests that are in `known` are not read
+    again (they never change), and the others are put there.
 
     A writer's manifest is out before its pin goes: who is missing in the first listing of pins has
     a manifest. A reader's pin is there before it looks whether the manifest is: who came before a
@@ -53,7 +57,7 @@ def find_roots(repository: Repository, store: str) -> Roots:
             if name.removeprefix(layout.MANIFESTS) in voids:
                 void.append(name.removeprefix(layout.MANIFESTS))
                 continue
-            found += [folds.applied(b) for b in _backup(repository, name, store)]
+            found += [folds.applied(b) for b in _backup(repository, name, store, known)]
         pins = {(pin.id, pin.number): pin for pin in (*first, *read_pins(repository))}
     except OffloadError as error:
         if isinstance(error, IntegrityError) or error.code.endswith("-newer"):
@@ -67,12 +71,19 @@ def find_roots(repository: Repository, store: str) -> Roots:
     )
 
 
-def _backup(repository: Repository, name: str, store: str) -> Iterator[Backup]:
-    try:
-        raw = repository.store.get(name)
-    except NotFoundError:
-        return  # deleted while they were listed
-    yield decode_manifest(name, raw, repository.keys, store).backup
+def _backup(
+    repository: Repository, name: str, store: str, known: Manifests | None
+) -> Iterator[Backup]:
+    found = known.get(name) if known else None
+    if found is None:
+        try:
+            raw = repository.store.get(name)
+        except NotFoundError:
+            return  # deleted while they were listed
+        found = decode_manifest(name, raw, repository.keys, store).backup
+        if known is not None:
+            known[name] = found
+    yield found
 
 
 def unsafe(why: str, hint: str) -> IntegrityError:

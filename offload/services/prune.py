@@ -32,7 +32,7 @@ from offload.configs.stores import KeepConfig
 from offload.engine.fences import sweep_fences
 from offload.engine.fold import FoldReport, fold, images_of, publish
 from offload.engine.liveset import LiveSet
-from offload.engine.mark import Marker, Roots, find_roots, unsafe
+from offload.engine.mark import Manifests, Marker, Roots, find_roots, unsafe
 from offload.engine.packplan import PackPlan, copy_live, plan_packs
 from offload.engine.packwriter import PackWriter
 from offload.engine.pins import HeldPin, PinKind
@@ -172,6 +172,7 @@ class _Prune:
         self.progress = progress
         self.alone = alone
         self.now = repository.store.now()
+        self._manifests: Manifests = {}  # that were read
         self.grace_s = stores.grace_of(ctx, store, repository.store)
 
     def run(self, rules: KeepRules, op: Operation, pin: HeldPin) -> PruneReport:
@@ -180,7 +181,7 @@ class _Prune:
         seen = look(self.repository)
         pin.seen(sorted(seen.tombstones))
         self.repository.index.rely_on(seen.reliable)
-        roots = find_roots(self.repository, self.store)
+        roots = self._find_roots()
         roots = settle(self.repository, self.store, roots, pin.id, self.now)
         verdicts = self._judge(roots, rules, note=True)
         for number, gone in enumerate((v.backup for v in verdicts if not v.kept), 1):
@@ -189,7 +190,7 @@ class _Prune:
             self.repository.store.delete(layout.manifest_name(ident))
         step("prune.forgotten")
         # anew: what was forgotten may be pinned by now
-        folded, roots = self._fold(pin, seen, find_roots(self.repository, self.store))
+        folded, roots = self._fold(pin, seen, self._find_roots())
         plan, sight = self._plan(seen, roots)
         plan = self._copy(op, plan)
         pin.look()
@@ -206,7 +207,7 @@ class _Prune:
     def rehearse(self, rules: KeepRules) -> PruneReport:
         """Say what `run` would do, and change nothing. What folding would free is not known."""
         seen = look(self.repository)
-        roots = find_roots(self.repository, self.store)
+        roots = self._find_roots()
         verdicts = self._judge(roots, rules, note=False)
         gone = {v.backup.id for v in verdicts if not v.kept}
         staying = tuple(b for b in roots.backups if b.id not in gone)
@@ -219,6 +220,9 @@ class _Prune:
         due, waiting = due_tombstones(tombstones, there, self.now, self.grace_s)
         outcome = _Outcome(OWN, due, waiting, tombstones, sight.packs)
         return replace(self._report(verdicts, plan, outcome), dry_run=True)
+
+    def _find_roots(self) -> Roots:
+        return find_roots(self.repository, self.store, self._manifests)
 
     # -- what stays ------------------------------------------------------------------------------
 
@@ -287,7 +291,7 @@ class _Prune:
         kept = {backup.id for backup in roots.backups}
         for old in publish(self.repository, pin.id, roots.folds, kept, report.roots):
             self.repository.store.delete(old)
-        return report, find_roots(self.repository, self.store) if report.roots else roots
+        return report, self._find_roots() if report.roots else roots
 
     # -- what goes -------------------------------------------------------------------------------
 
@@ -344,7 +348,7 @@ class _Prune:
     def _sweep(self, op: Operation, pin: HeldPin) -> tuple[frozenset[str], list[Waiting], Sight]:
         """Delete the packs whose time has come; returns their tombstones, and what waits."""
         sight = look(self.repository)
-        roots = find_roots(self.repository, self.store)  # pins: after all tombstones are out
+        roots = self._find_roots()  # pins: after all tombstones are out
         others = [p for p in roots.pins if p.id != pin.id]
         now = self.repository.store.now()
         due, waiting = due_tombstones(sight.tombstones, others, now, self.grace_s)
