@@ -11,6 +11,7 @@ from pathlib import Path
 from bench import (
     backups,
     fleet,
+    instant,
     latency,
     mounts,
     nights,
@@ -26,7 +27,7 @@ from bench.report import Table, write_page
 
 PARTS = (
     "stages", "full", "restore", "verify", "reading", "incremental", "nights", "start", "many",
-    "targets", "luns", "first", "freeze", "fleet", "latency",
+    "targets", "luns", "first", "instant", "freeze", "fleet", "latency",
 )  # fmt: skip
 
 
@@ -102,6 +103,9 @@ def _measure_views(
         show(targets.many(place))
     if "first" in wanted:
         show(targets.first_read(place, rounds))
+    if "instant" in wanted:
+        for table in instant.measure(rounds):
+            show(table)
 
 
 def _measure_guests(
