@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from offload.engine.manifests import read_folds
 from offload.engine.readimage import read_leaf
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader, diff_slots
-from offload.errors import BusyError, NotFoundError, UsageError
+from offload.errors import BusyError, NotFoundError, PrivilegeError, UsageError
 from offload.extents import Ranges, normalize, total
 from offload.format import layout
 from offload.format.delta import SECTOR
@@ -26,6 +27,8 @@ from offload.services import legalholds, locks, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
 from offload.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +109,7 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
     """Delete backups: their manifests go, `prune` frees the space.
 
     All are checked first; BusyError if a view shows one (`backup-in-use`), or there is a legal hold
-    on one (`backup-held`).
+    on one (`backup-held`); PolicyError (`backup-locked`).
     """
     chosen = [ctx.catalog.backup(_bare(p)) for p in dict.fromkeys(prefixes)]
     for known in chosen:
@@ -134,12 +137,22 @@ def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
         "timemark": known.timemark,
     }
     op.intend(f"erase-{number}", "delete-backup", args)
-    undo_delete(ctx.instance, ctx.catalog, args)
+    _delete(ctx.instance, ctx.catalog, args)
     op.done(f"erase-{number}")
 
 
 def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    """Finish the deletion of a backup, unless there is a legal hold on it."""
+    """Finish the deletion of a backup, unless there is a legal hold on it. One that the store
+    denies has not begun: that the backup stays was told to whoever asked."""
+    try:
+        _delete(instance, catalog, args)
+    except PrivilegeError as error:
+        if error.code != "store-denied":
+            raise
+        log.warning("backup %s stays: %s", args["backup"], error.message)
+
+
+def _delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     store = compose.open_store(args["store"])
     try:
         if not _manifest_gone(store, args["backup"]):

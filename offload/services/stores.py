@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,13 @@ from offload.engine.manifests import Folds, read_folds, read_manifest
 from offload.engine.pins import drop_pin
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
-from offload.errors import IntegrityError, NotFoundError, OffloadError, UnavailableError
+from offload.errors import (
+    IntegrityError,
+    NotFoundError,
+    OffloadError,
+    PrivilegeError,
+    UnavailableError,
+)
 from offload.format import layout
 from offload.format.index import decode_index
 from offload.format.manifest import Manifest
@@ -25,6 +32,8 @@ from offload.services import chain
 from offload.services.context import Context
 from offload.store import Exclusive, Store, Sweepable
 from offload.storespec import StoreSpec
+
+log = logging.getLogger(__name__)
 
 _FOUND = ".found"  # notes of what a store's server honours: probes/ID.found
 _GRACE_S = 3600.0  # a store that nobody can hold alone: whoever overlooked a pin has an hour
@@ -148,10 +157,16 @@ def remove_unfinished(repository: Repository, writer: str) -> None:
 
 
 def remove_packs(store: Store, writer: str) -> None:
-    """Delete all packs of one writer. Idempotent."""
-    for pack in list(store.list(f"{layout.PACKS}{writer[:2]}/")):
-        if pack.rpartition("/")[2].startswith(f"{writer}-"):
-            store.delete(pack)
+    """Delete all packs of one writer. Idempotent. Whose credentials can only add leaves them: no
+    index object names them, and a prune with other credentials takes them for unneeded."""
+    try:
+        for pack in list(store.list(f"{layout.PACKS}{writer[:2]}/")):
+            if pack.rpartition("/")[2].startswith(f"{writer}-"):
+                store.delete(pack)
+    except PrivilegeError as error:
+        if error.code != "store-denied":
+            raise
+        log.warning("packs of %s are left to a prune: %s", writer, error.message)
 
 
 def listing(ctx: Context) -> list[StoreSummary]:
