@@ -207,8 +207,12 @@ class _Folder:
 
     def _leaves(self, page: int, kept: Set[bytes], pinned: Set[bytes]) -> dict[bytes, bytes]:
         count = self.shape.entries(0, page)
+        shared = _Shared()
         entries = {
-            ident: decode_leaf_page(self.repository.read_page(ident), count)
+            ident: [
+                None if leaf is None else shared.leaf(leaf)
+                for leaf in decode_leaf_page(self.repository.read_page(ident), count)
+            ]
             for ident in kept | pinned
         }
         slots = [
@@ -243,9 +247,16 @@ class _Folder:
         for leaf in leaves:
             by_base[leaf.base].add(leaf.deltas)
         for base, chains in by_base.items():
-            if any(chains):
+            if any(chains) and not self._hurt(base, chains, page):
                 made.update(self._chains(base, chains, length, page))
         return made
+
+    def _hurt(self, base: bytes, chains: Set[Chain], page: _Page) -> bool:
+        """Whether a piece is noted as bad: it may be mended yet, and cannot be read before."""
+        if not self.repository.quarantine.notes:
+            return False
+        places = (self._place(ident, page) for ident in {base}.union(*chains))
+        return any(self.repository.quarantine.has(p.pack, p.entry.offset) for p in places)
 
     def _chains(
         self, base: bytes, chains: Set[Chain], length: int, page: _Page
@@ -308,6 +319,24 @@ class _Folder:
         ident, stored = self.writer.add(kind, raw, self._compressor.compress)
         self.report.written_bytes += stored
         return ident
+
+
+class _Shared:
+    """One object for all that is equal: the pages of a thousand nights differ in little, and as
+    they are decoded, each has its own copy of every id."""
+
+    def __init__(self) -> None:
+        self._ids: dict[bytes, bytes] = {}
+        self._leaves: dict[Leaf, Leaf] = {}
+
+    def leaf(self, leaf: Leaf) -> Leaf:
+        """The leaf, or the one that equals it."""
+        known = self._leaves.get(leaf)
+        if known is None:
+            ids = [self._ids.setdefault(i, i) for i in (leaf.base, *leaf.deltas)]
+            known = Leaf(ids[0], tuple(ids[1:]))
+            self._leaves[known] = known
+        return known
 
 
 @dataclass(frozen=True, slots=True)
