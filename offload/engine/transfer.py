@@ -275,7 +275,7 @@ class Rekeyer:
         places = repository.index.find_many(wanted)
         for ident in wanted:
             if ident not in places:
-                repository.locate(ident)  # raises: it says what is missing
+                places[ident] = repository.locate(ident)  # or it says what is missing
         names: dict[bytes, bytes] = {}
         for request in requests(places.values()):
             for piece in fetch(repository, request):

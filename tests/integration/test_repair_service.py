@@ -151,6 +151,24 @@ def test_prune_keeps_the_readable_rest_of_a_bad_pack(site: BackupSite) -> None:
     site.check_all()  # but for that bit nothing is missing
 
 
+@pytest.mark.parametrize("hurt", [False, True])
+def test_prune_does_not_fold_what_is_noted_as_bad(site: BackupSite, hurt: bool) -> None:
+    for turn in range(4):
+        site.write("db", 2 * CHUNK + turn * 512, site.random.randbytes(1500))
+        last = site.back_up().backup.id
+    leaf = site.leaves(last, "db")[2]
+    assert len(leaf.deltas) >= 4
+    if hurt:
+        site.spoil(leaf.base)
+        verify(site.ctx, all_backups=True, store="main")
+    finished.delete(site.ctx, [ident for ident in site.taken if ident != last])
+    report = prune(site.ctx, "main")
+    assert (report.folded > 0) == (not hurt)
+    if hurt:
+        site.spoil(leaf.base)  # back as it was
+    site.check(last, last, "main")
+
+
 # -- in parts ------------------------------------------------------------------------------------
 
 
