@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from offload import compose
 from offload.catalog.store import Catalog
-from offload.engine.manifests import read_folds
+from offload.engine.pins import pinned_manifest
 from offload.engine.readimage import read_leaf
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader, diff_slots
@@ -53,9 +53,12 @@ def diff(ctx: Context, a: str, b: str) -> list[VolumeDiff]:
             code="other-store",
             hint="compare backups of one store",
         )
-    with stores.opened(ctx, left.store, exclusive=False) as repository:
-        folds = read_folds(repository)
-        left, right = folds.applied(left), folds.applied(right)
+    with (
+        stores.opened(ctx, left.store, exclusive=False) as repository,
+        pinned_manifest(repository, left.id, left.store) as (one, _),
+        pinned_manifest(repository, right.id, right.store) as (two, _),
+    ):
+        left, right = one.backup, two.backup
         names = dict.fromkeys(i.volume for i in (*left.images, *right.images))
         return [
             diff_images(repository, name, left.image(name), right.image(name)) for name in names
@@ -120,9 +123,18 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
             repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
             legalholds.refuse_held(repository, [b for b in chosen if b.store == name])
             locks.refuse_locked(repository, [b for b in chosen if b.store == name])
+            for known in chosen:
+                if known.store == name:
+                    _pin(stack, repository, known)
         for number, known in enumerate(chosen, 1):
             erase(ctx, op, known, number)
     return chosen
+
+
+def _pin(stack: ExitStack, repository: Repository, known: Backup) -> None:
+    """A manifest that is put back, for a hold, must find its chunks there: no prune meanwhile."""
+    with suppress(NotFoundError):
+        stack.enter_context(pinned_manifest(repository, known.id))
 
 
 def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
