@@ -182,16 +182,16 @@ def _sources(files: Sequence[Path], phrases: Sequence[Path]) -> list[KeySource]:
 
 def _words(way: KeyView) -> str:
     label = f" ({way.label})" if way.label else ""
-    return f"{way.id}, {way.kind.value}{label}"
+    return f"{way.id}, {way.kind.value if way.kind else 'damaged'}{label}"
 
 
 def _show(found: KeyListing) -> None:
     rows = [
         [
             way.id,
-            way.kind.value,
+            way.kind.value if way.kind else "damaged",
             way.label,
-            show_time(way.created_at),
+            show_time(way.created_at) if way.created_at else "",
             "configured" if way.configured else "",
         ]
         for way in found.keys

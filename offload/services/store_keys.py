@@ -54,12 +54,15 @@ NOT_UNDONE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyView:
-    """One way in, as it is listed. `version`: the newest of the ring in it, where it was opened."""
+    """One way in, as it is listed. `version`: the newest of the ring in it, where it was opened.
+
+    `kind` and `created_at` are None for one that is damaged.
+    """
 
     id: str
-    kind: WrapperKind
+    kind: WrapperKind | None
     label: str
-    created_at: datetime
+    created_at: datetime | None
     configured: bool
     version: int | None
 
@@ -104,6 +107,10 @@ class _Opened:
         secret = read_source(source)
         ring, wrapper = open_ring(self.store, self.parameters, secret, describe(source))
         return ring, wrapper, secret
+
+    def ids(self) -> list[str]:
+        """Of all wrappers, damaged ones too."""
+        return [name.removeprefix(layout.KEYS) for name in self.store.list(layout.KEYS)]
 
     def find(self, secret: Secret) -> Wrapper | None:
         """The wrapper that a secret opens."""
@@ -167,8 +174,8 @@ def listing(ctx: Context, name: str) -> KeyListing:
             mine, version = wrapper.id, ring.newest
         except ConfigError as error:
             trouble = error.message
-        views = [_view(w, mine, version) for w in opened.wrappers]
-        views.sort(key=lambda v: (v.created_at, v.id))
+        wrappers_by_age = sorted(opened.wrappers, key=lambda w: (w.created_at, w.id))
+        views = [_view(w, mine, version) for w in wrappers_by_age]
         return KeyListing(
             store=name, keys=tuple(views), trouble=trouble, damaged=tuple(opened.damaged)
         )
@@ -212,8 +219,12 @@ def removal(ctx: Context, name: str, prefix: str) -> KeyView:
 
 def _removal(opened: _Opened, prefix: str) -> KeyView:
     ring, mine, _ = opened.ring()
-    ident = match_prefix("key", prefix, [w.id for w in opened.wrappers])
-    (wrapper,) = [w for w in opened.wrappers if w.id == ident]
+    ident = match_prefix("key", prefix, opened.ids())
+    wrapper = next((w for w in opened.wrappers if w.id == ident), None)
+    if wrapper is None:
+        return KeyView(
+            id=ident, kind=None, label="", created_at=None, configured=False, version=None
+        )
     if len(opened.wrappers) == 1:
         raise PolicyError(
             f"{ident} is the last way into the store: without it nothing could ever be read",
@@ -261,7 +272,7 @@ def _plan(
         raise IntegrityError(
             f"a way into the store {name} is damaged: {opened.damaged[0]}",
             code="bad-key",
-            hint="bring it back, or remove it, before the key is rotated",
+            hint=f"bring it back, or remove it: offload key remove {name} ID",
         )
     ring, mine, secret = opened.ring()
     proven: dict[str, tuple[Wrapper, Secret]] = {}

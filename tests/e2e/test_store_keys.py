@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 
 from offload import run
-from offload.errors import PolicyError
+from offload.errors import BusyError, PolicyError
+from offload.format.keyfile import Secret, WrapperKind, wrap
+from offload.format.keys import KeyRing
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.services import store_keys, stores
 from offload.services.context import open_context
+from offload.services.keymaker import HandOver, KeyMaker
 from offload.stores.disk import DiskStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -334,6 +337,43 @@ def test_way_in_that_object_lock_keeps_is_not_said_to_be_removed(
         plan = store_keys.rotate(ctx, "main", None)
         assert set(found.values()) <= set(plan.locked)
     assert site.ask("store", "show", "main")["key_version"] == 2
+
+
+def test_rotation_beside_another_change_of_keys_gives_way(
+    site: Keyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has put its first wrapper before this one looks."""
+    before = site.keys
+    first = store_keys._first
+
+    def and_another(maker: KeyMaker, ring: KeyRing, to: HandOver | None, ident: str) -> None:
+        first(maker, ring, to, ident)
+        other = Secret(kind=WrapperKind.RECOVERY, value=bytes(32))
+        raw = wrap(ring, other, ident="other00000", label="", store_id=maker.parameters.store_id)
+        maker.store.put("keys/other00000", [raw])
+
+    monkeypatch.setattr(store_keys, "_first", and_another)
+    with open_context(site.folder / "o.toml") as ctx:
+        with pytest.raises(BusyError) as caught:
+            store_keys.rotate(ctx, "main", None)
+        assert caught.value.code == "keys-changing"
+    assert site.keys == before | {"other00000"}
+    assert site.ask("store", "show", "main")["key_version"] == 1
+
+
+def test_damaged_way_in_is_shown_stops_a_rotation_and_can_be_removed(site: Keyed) -> None:
+    found = {key["kind"]: key["id"] for key in site.ask("key", "list", "main")["keys"]}
+    path = site.store / "keys" / found["recovery"]
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-9])
+    listing = site.ask("key", "list", "main")
+    assert len(listing["keys"]) == len(listing["damaged"]) == 1
+    assert "PROBLEM" in site.ok("key", "list", "main")
+    assert site.refused("key", "rotate", "main", "--dry-run") == ("bad-key", 7)
+    assert site.refused("key", "remove", "main", found["file"], "--yes") == ("last-key", 9)
+    site.ok("key", "remove", "main", found["recovery"], "--yes")
+    site.ok("key", "rotate", "main", "--yes", "--no-recovery-key")
+    site.readable()
 
 
 def test_geometry_is_chosen_when_the_store_is_made_and_checked(bare: Keyed) -> None:
