@@ -93,6 +93,7 @@ def restore(ctx: Context, request: Request, *, progress: Progress | None = None)
         targets = restore_target.find(
             [name for _, name, _ in images], request.to, request.form, in_place=request.diff
         )
+        restore_record.sweep(ctx.instance)
         heads = [
             _head(ctx, full, image, target, request)
             for (full, _, image), target in zip(images, targets, strict=True)

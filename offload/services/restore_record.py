@@ -193,8 +193,16 @@ def _cut_torn_line(fd: int) -> None:
 
 
 def unfinished(instance: Instance) -> list[Unfinished]:
-    """All that were interrupted or run, oldest first. Changes nothing."""
-    return [entry for entry in _all(records_dir(instance)) if entry.finished is None]
+    """All that can go on, or run, oldest first. Changes nothing."""
+    return [e for e in _all(records_dir(instance)) if e.running or e.resumable]
+
+
+def sweep(instance: Instance) -> None:
+    """Remove what no restore can go on from: a record whose temporary file somebody has removed,
+    or a crash did while it gave the restore up."""
+    for entry in _all(records_dir(instance)):
+        if not (entry.running or entry.resumable or _awaited(entry)):
+            drop(entry)
 
 
 def _all(folder: Path) -> list[Unfinished]:

@@ -37,7 +37,7 @@ def step(name):
     seen.append(name)
     at, times = os.environ.get("TEST_INTERRUPT_AT"), os.environ.get("TEST_INTERRUPT_TIMES", "1")
     if name == at and seen.count(name) == int(times):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), getattr(signal, os.environ.get("TEST_INTERRUPT_BY", "SIGINT")))
 restore_copy.step = restore.step = step
 from offload.cli.main import main
 main()
@@ -257,6 +257,26 @@ def test_restore_of_another_backup_supersedes_what_was_left(place: Place) -> Non
     assert not any((place.out / "db.raw").read_bytes())
     assert place.files() == {"db.raw"}
     assert place.unfinished() == []
+
+
+def test_restore_whose_part_was_removed_by_hand_is_not_unfinished(place: Place) -> None:
+    place.killed("restore.checkpoint", place.out / "db.raw")
+    assert len(place.unfinished()) == 1
+    (part,) = place.out.iterdir()
+    part.unlink()
+    assert place.unfinished() == []
+    place.restore(place.out / "another.raw")
+    assert list((place.folder / "state" / "restores").iterdir()) == []
+
+
+def test_restore_ended_by_sigterm_goes_on(place: Place) -> None:
+    words = ("restore", place.backup, "--to", str(place.out / "db.raw"))
+    env = {"TEST_INTERRUPT_AT": "restore.checkpoint", "TEST_INTERRUPT_BY": "SIGTERM"}
+    done = place.apart(*words, **env)
+    assert done.status == 128 + signal.SIGTERM
+    (left,) = place.unfinished()
+    assert place.restore(place.out / "db.raw")["resumed_bytes"] == left["done_bytes"]
+    assert (place.out / "db.raw").read_bytes() == place.content
 
 
 def test_restore_interrupted_by_ctrl_c_says_what_stays(place: Place) -> None:
