@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import Any
 import nbd
 import pytest
 
+from offload import compose
 from offload.model import View
+from offload.retention import KeepRules
 from offload.services import mount as mounts
 from offload.services.backup import backup
 from offload.services.context import Context, open_context
+from offload.services.prune import prune
 from offload.services.store_init import init
-from offload.testing.fault_proxy import FaultProxy, fault_proxy
+from offload.services.stores import spec_of
+from offload.testing.fault_proxy import FaultProxy, Trouble, fault_proxy
 from offload.testing.rgw import RunningRgw
 
 MIB = 1 << 20
@@ -173,8 +178,6 @@ def test_far_view_of_an_incremental_fetches_the_parts_of_a_chunk_together(site: 
 
 
 def test_far_view_whose_server_cuts_and_fails_shows_the_backup(site: Site) -> None:
-    from offload.testing.fault_proxy import Trouble
-
     view = site.mount(site.backup())
     site.proxy.inject(Trouble.CUT_REPLY, part=PACKS, times=3)
     assert read(view) == site.content()
@@ -195,3 +198,43 @@ def test_far_view_of_an_encrypted_store_leaves_nothing_in_clear(
         assert len(kept) > DATA // 2
         assert not [mark for mark in marks if mark in kept]
         assert {path.stat().st_mode & 0o777 for path in site.cached()} == {0o600}
+
+
+def test_far_view_whose_chunks_a_prune_has_moved_shows_the_backup(
+    folder: Path, rgw: RunningRgw
+) -> None:
+    """What the view reads shares packs with what goes: it is copied, and the old packs are gone."""
+    with site_of(folder, rgw, 'grace = "0s"') as site:
+        site.backup()
+        with (folder / "db.raw").open("r+b") as disk:
+            for at in range(0, DATA, 2 * CHUNK):  # every second chunk is new
+                disk.seek(at)
+                disk.write(os.urandom(CHUNK))
+        ident = site.backup()
+        view = site.mount(ident)
+        before = set(packs(site))
+        for _ in range(2):  # one says what goes, the next one deletes it
+            prune(site.ctx, "far", rules=KeepRules(last=1))
+        gone = before - set(packs(site))
+        assert gone
+        site.proxy.forget()
+        assert read(view) == site.content()
+
+
+def packs(site: Site) -> list[str]:
+    store = compose.open_store(spec_of(site.ctx, "far"))
+    try:
+        return list(store.list(PACKS))
+    finally:
+        store.close()
+
+
+def test_far_view_renews_its_pin_while_it_is_mounted(folder: Path, rgw: RunningRgw) -> None:
+    """From inside the server, which no process of ours looks after."""
+    with site_of(folder, rgw, 'pin_lifetime = "2s"') as site:
+        site.mount(site.backup())
+        site.proxy.forget()
+        until = time.monotonic() + 30
+        while site.proxy.count("PUT", "pins/") < 3:
+            assert time.monotonic() < until, "the pin is not renewed"
+            time.sleep(0.05)
