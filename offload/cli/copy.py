@@ -23,6 +23,7 @@ _HOW = {
     "new-cut": "copied and cut anew",
     "already-there": "there already",
     "failed": "FAILED",
+    "gone": "deleted meanwhile",
 }
 
 

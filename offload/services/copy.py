@@ -81,7 +81,8 @@ class CopyRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copied:
-    """What became of one backup. `how`: same-key, new-key, new-cut, already-there, failed."""
+    """What became of one backup. `how`: same-key, new-key, new-cut, already-there, failed, gone
+    (deleted while others were copied)."""
 
     backup: str
     copy: str
@@ -155,13 +156,15 @@ class _Run:
         """Copy what is not there yet."""
         for backup in self._chosen():
             known = self.there.get(backup.id)
-            if known is not None:
-                self._enter(known)
+            if known is not None and self._enter(known):
                 yield Copied(backup=backup.id, copy=known, group=backup.group, how="already-there")
                 continue
             try:
                 done = self._one(backup.id)
-            except IntegrityError as error:
+            except (IntegrityError, NotFoundError) as error:
+                if error.code == "unknown-backup" and not self.request.ids:
+                    yield Copied(backup=backup.id, copy="", group=backup.group, how="gone")
+                    continue
                 if error.code == "write-check":
                     raise
                 yield _failed(backup.id, backup.group, error)
@@ -170,9 +173,17 @@ class _Run:
             yield done
         yield from self.unreadable
 
-    def _enter(self, ident: str) -> None:
-        """A copy that this catalog may not know: made by another host, or before a crash."""
-        self.ctx.catalog.add_backup(read_manifest(self.target, ident, self.request.target).backup)
+    def _enter(self, ident: str) -> bool:
+        """Enter a copy that this catalog may not know: made by another host, or before a crash.
+
+        False if it has been deleted since.
+        """
+        try:
+            known = read_manifest(self.target, ident, self.request.target).backup
+        except NotFoundError:
+            return False
+        self.ctx.catalog.add_backup(known)
+        return True
 
     def _one(self, ident: str) -> Copied:
         with self.ctx.journal.operation("copy", f"{ident} to {self.request.target}") as op:

@@ -60,6 +60,7 @@ grace = "0s"
 kind = "disk"
 path = "{folder}/away"
 min_free = "0%"
+grace = "0s"
 """
 
 

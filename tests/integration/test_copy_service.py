@@ -21,6 +21,7 @@ from offload.format.pack import Kind
 from offload.format.tree import Leaf
 from offload.ids import new_id
 from offload.journal import CRASH_ENV, TRACE_ENV
+from offload.progress import NoProgress
 from offload.retention import KeepRules
 from offload.services.copy import Copied, CopyRequest, copy
 from offload.services.prune import prune
@@ -158,6 +159,40 @@ def fold_in(site: BackupSite, backup: str, volume: str, slot: int, *, keep: int 
         fold = Fold(sequence=folds.next_sequence, backups={backup: {volume: root.hex()}})
         name = layout.fold_name(writer_id)
         repository.store.put(name, [encode_fold(name, fold, repository.keys)])
+
+
+class _PrunesBoth(NoProgress):
+    """Prunes of both stores while an image has been sent, and the manifest is not out yet."""
+
+    def __init__(self, site: BackupSite) -> None:
+        self.site = site
+        self.prunes = 0
+
+    def finish(self, task: str) -> None:
+        if task.startswith("web of "):
+            for store in ("main", "away"):
+                prune(self.site.ctx, store, rules=KeepRules(last=1))
+                self.prunes += 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copy_beside_prunes_of_both_stores_is_whole(site: BackupSite, way: str) -> None:
+    make_away(site, way)
+    for _ in range(3):
+        site.scribble("db", 20)
+        site.write("web", 0, site.random.randbytes(12 * CHUNK))
+        site.back_up()
+    beside = _PrunesBoth(site)
+    request = CopyRequest(source="main", target="away")
+    done = copy(site.ctx, request, beside).copies
+    assert beside.prunes >= 2
+    taken = list(site.taken)
+    assert [(e.backup, e.how) for e in done] == [
+        (taken[0], way), (taken[1], "gone"), (taken[2], way)
+    ]  # fmt: skip
+    site.check(done[-1].copy, taken[-1], "away")
+    site.check_all()
+    assert verify(site.ctx, all_backups=True).problems == ()
 
 
 def test_copy_chooses_by_id_group_and_last(site: BackupSite) -> None:
