@@ -173,8 +173,10 @@ def check(target: Target, config: Config, *, overwrite: bool, production: str | 
             )  # fmt: skip
         if not target.path.parent.is_dir():
             raise NotFoundError(f"the folder {target.path.parent} does not exist", code="no-folder")
+    if target.kind is not TargetKind.DEVICE and target.path.exists():
+        _check_users(target.path)  # a VM whose file is replaced would write on into the old one
     if target.kind is TargetKind.IN_PLACE:
-        _check_in_place(target.path)
+        _check_raw(target.path)
 
 
 def _check_store(target: Target, config: Config) -> None:
@@ -218,7 +220,7 @@ def _same(a: Path, b: Path) -> bool:
     return os.path.samestat(one, other)
 
 
-def _check_in_place(path: Path) -> None:
+def _check_users(path: Path) -> None:
     if open_for_writing(path):
         raise BusyError(
             f"{path} is in use by a running QEMU", code="target-in-use", hint="shut the VM down"
@@ -229,6 +231,9 @@ def _check_in_place(path: Path) -> None:
             f"{path} is in use: under {users[0]}", code="target-in-use",
             hint=f"see: losetup {users[0]}; detach it first",
         )  # fmt: skip
+
+
+def _check_raw(path: Path) -> None:
     with path.open("rb") as opened:
         start = opened.read(8)
     for magic, form in _MAGIC.items():

@@ -561,7 +561,10 @@ def test_restore_diff_into_a_folder_with_files_asks_first(place: Place) -> None:
     assert (place.out / "db.raw").read_bytes() == b"mine"
 
 
-def test_restore_diff_into_a_file_that_qemu_writes_is_refused(place: Place) -> None:
+@pytest.mark.parametrize("words", [("--diff", "--yes"), ("--overwrite",)])
+def test_restore_over_a_file_that_qemu_writes_is_refused(
+    place: Place, words: tuple[str, ...]
+) -> None:
     target, sock = place.out / "db.raw", place.folder / "q.sock"
     target.write_bytes(bytes(SIZE))
     argv = ["qemu-nbd", "-f", "raw", "--persistent", f"--socket={sock}", str(target)]
@@ -569,7 +572,7 @@ def test_restore_diff_into_a_file_that_qemu_writes_is_refused(place: Place) -> N
     try:
         while not qemu_nbd.greets(sock):
             assert server.poll() is None
-        error = place.restore(target, "--diff", "--yes", code=5)
+        error = place.restore(target, *words, code=5)
         assert error["code"] == "target-in-use"
     finally:
         run.terminate(server)
@@ -577,11 +580,12 @@ def test_restore_diff_into_a_file_that_qemu_writes_is_refused(place: Place) -> N
 
 
 @pytest.mark.needs_root
-def test_restore_diff_into_a_file_under_a_loop_device_is_refused(place: Place) -> None:
+def test_restore_over_a_file_under_a_loop_device_is_refused(place: Place) -> None:
     target = place.out / "db.raw"
     target.write_bytes(bytes(SIZE))
     with loop_device(target):
-        assert place.restore(target, "--diff", "--yes", code=5)["code"] == "target-in-use"
+        for words in (("--diff", "--yes"), ("--overwrite",)):
+            assert place.restore(target, *words, code=5)["code"] == "target-in-use"
 
 
 @pytest.mark.needs_root
