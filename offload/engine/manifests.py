@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from offload.engine.repository import Repository
@@ -86,7 +87,8 @@ def _existing(repository: Repository) -> Iterator[tuple[str, Fold]]:
     for name in names:
         if layout.VOIDS + name.removeprefix(layout.FOLDS) not in voids:
             try:
-                yield name, decode_fold(name, repository.store.get(name), repository.keys)
+                raw = repository.store.get(name)
+                yield name, repository.with_keys(partial(decode_fold, name, raw))
             except IntegrityError as error:
                 if not isinstance(repository.store, Locking):
                     raise
@@ -131,7 +133,7 @@ def read_manifest(
             code="unknown-backup",
             hint="see what it has with: offload backup list",
         ) from error
-    manifest = decode_manifest(name, raw, repository.keys, store)
+    manifest = repository.with_keys(lambda keys: decode_manifest(name, raw, keys, store))
     known = read_folds(repository) if folds is None else folds
     return replace(manifest, backup=known.applied(manifest.backup))
 

@@ -105,7 +105,7 @@ class Repository:
         """One index object, and True; where it is damaged, the footers of all packs, and False."""
         try:
             raw = self.store.get(name)
-            packs, heads = self._with_keys(lambda keys: decode_index_heads(name, raw, keys))
+            packs, heads = self.with_keys(lambda keys: decode_index_heads(name, raw, keys))
             self._heads.update(heads)
             return packs, name not in self._hidden
         except IntegrityError as error:
@@ -136,9 +136,9 @@ class Repository:
     def get_sealed(self, name: str) -> dict[str, Any]:
         """A sealed object. NotFoundError, IntegrityError (`bad-seal`)."""
         raw = self.store.get(name)
-        return self._with_keys(lambda keys: unseal_object(name, raw, keys))
+        return self.with_keys(lambda keys: unseal_object(name, raw, keys))
 
-    def _with_keys(self, use: Callable[[Keys], _Result]) -> _Result:
+    def with_keys(self, use: Callable[[Keys], _Result]) -> _Result:
         """Use the keys; once more with the store's own of now, if a version is unknown: they may
         have been rotated since this process opened the store."""
         try:
@@ -255,7 +255,7 @@ class Repository:
                 self._ciphers.move_to_end(pack)
                 return found
         head = self.pack_head(pack)
-        found = self._with_keys(lambda keys: PackCipher(pack, head, keys))
+        found = self.with_keys(lambda keys: PackCipher(pack, head, keys))
         with self._mutex:
             self._ciphers[pack] = found
             if len(self._ciphers) > _CIPHERS:

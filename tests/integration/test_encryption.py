@@ -17,6 +17,7 @@ import pytest
 
 from offload import run
 from offload.engine import packwriter
+from offload.engine.manifests import read_manifest
 from offload.engine.packwriter import Compressor, PackWriter
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
@@ -479,8 +480,10 @@ def test_process_that_opened_before_a_rotation_reads_what_was_written_after_it(
     assert late.keys.current.number == 2
     late.put_sealed(layout.pin_name("pppppppppp", 1), {"a": 1})
     root = _write(late, "aaaaaaaaaa", WORDS * 300, None)
-    assert early.get_sealed(layout.pin_name("pppppppppp", 1)) == {"a": 1}
+    assert early.keys.current.number == 1
+    assert read_manifest(early, "aaaaaaaaaa").backup.images[0].root == root.hex()
     early.refresh()
+    assert early.get_sealed(layout.pin_name("pppppppppp", 1)) == {"a": 1}
     size = len(WORDS) * 300
     assert StoredImage(early, root, size, 512).pread(0, size) == WORDS * 300
     for repository in (early, late):
