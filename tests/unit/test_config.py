@@ -18,6 +18,7 @@ from offload.config import (
 from offload.configs.quiesce import LocalQuiesce
 from offload.errors import ConfigError, NotFoundError
 from offload.model import Consistency
+from offload.storespec import KeySource, StoreSpec
 
 GOOD = """
 state_dir = "/var/lib/offload"
@@ -263,3 +264,40 @@ def test_usual_places_of_root_are_the_system_alone(monkeypatch: pytest.MonkeyPat
     """A file in somebody's home must not decide what root does."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert usual_places() == (Path("/etc/offload/offload.toml"),)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("", "stores.main.key: needs exactly one of"),
+        ('file = "/k"\npassphrase_file = "/p"', "stores.main.key: needs exactly one of"),
+        ('file = "main.key"', "stores.main.key.file: must be an absolute path"),
+        ('passphrase = "hunter2"', "unknown key 'stores.main.key.passphrase'"),
+    ],
+    ids=["none", "two", "relative", "in the open"],
+)
+def test_load_key_of_a_store_that_is_none_is_refused(file: Path, table: str, said: str) -> None:
+    file.write_text(GOOD + f"[stores.main.key]\n{table}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert said in caught.value.message
+    assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "value"),
+    [
+        ('file = "/k"', "file", ("/k",)),
+        ('passphrase_file = "/p"', "passphrase-file", ("/p",)),
+        ('recovery_file = "/r"', "recovery-file", ("/r",)),
+        ('command = ["pass", "show", "x"]', "command", ("pass", "show", "x")),
+    ],
+    ids=["file", "passphrase", "recovery", "command"],
+)
+def test_key_of_a_store_is_named_in_its_spec_and_comes_back_from_its_text(
+    file: Path, table: str, kind: str, value: tuple[str, ...]
+) -> None:
+    file.write_text(GOOD + f"[stores.main.key]\n{table}\n")
+    spec = load_config(file).store("main").spec()
+    assert spec.key == KeySource(kind=kind, value=value)
+    assert StoreSpec.parse(spec.text()) == spec
