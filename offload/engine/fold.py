@@ -12,7 +12,7 @@ once, and memory holds one path of each tree. Content never changes: only how it
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -50,11 +50,15 @@ class FoldRule:
 
     A new base is written when it frees this share more than it takes: less, and a window of kept
     nights that moves on by one would rewrite whole chunks every night. So long a run of steps that
-    serve nobody becomes one delta; each prune would else rewrite the run for one step more.
+    serve nobody becomes one delta; each prune would else rewrite the run for one step more. And a
+    leaf page waits until the pages that must be written anew for it, one for each backup that has
+    its own, take no more than this share of the deltas that go: a prune each night would else write
+    more pages than anything else.
     """
 
     gain: float = 0.5
     dead_steps: int = 8
+    pages: float = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +231,9 @@ class _Folder:
             stays=_pieces(leaf for ident in pinned for leaf in entries[ident])
             | _repeated_bases(slots),
         )
+        anew = sum(_stored(self.repository.locate(ident)) for ident in kept)
+        if sum(self._worth(slot, page_view) for slot in slots) * self.rule.pages < anew:
+            return {}
         changed: dict[bytes, list[Leaf | None]] = {}
         for index, slot in enumerate(slots):
             start, stop = self.shape.slot_range(page * self.shape.page_entries + index)
@@ -243,13 +250,29 @@ class _Folder:
     def _slot(self, leaves: Set[Leaf], length: int, page: _Page) -> dict[Leaf, Leaf]:
         """What becomes of the leaves of one slot; those that stay are not named."""
         made: dict[Leaf, Leaf] = {}
+        for base, chains in self._chained(leaves, page):
+            made.update(self._chains(base, chains, length, page))
+        return made
+
+    def _worth(self, leaves: Set[Leaf], page: _Page) -> int:
+        """The stored bytes of the deltas that folding would merge in a slot."""
+        merged: list[bytes] = []
+        for base, chains in self._chained(leaves, page):
+            for before, run in _runs(_stops(chains)):
+                if self._merge_pays(run, page) or (
+                    before is None and self._base_pays(base, run, page)
+                ):
+                    merged += run
+        return sum(_stored(self._place(ident, page)) for ident in merged)
+
+    def _chained(self, leaves: Set[Leaf], page: _Page) -> Iterator[tuple[bytes, set[Chain]]]:
+        """The bases of a slot that have deltas and can be read, each with its chains."""
         by_base: dict[bytes, set[Chain]] = defaultdict(set)
         for leaf in leaves:
             by_base[leaf.base].add(leaf.deltas)
         for base, chains in by_base.items():
             if any(chains) and not self._hurt(base, chains, page):
-                made.update(self._chains(base, chains, length, page))
-        return made
+                yield base, chains
 
     def _hurt(self, base: bytes, chains: Set[Chain], page: _Page) -> bool:
         """Whether a piece is noted as bad: it may be mended yet, and cannot be read before."""
@@ -262,16 +285,14 @@ class _Folder:
         self, base: bytes, chains: Set[Chain], length: int, page: _Page
     ) -> dict[Leaf, Leaf]:
         """Fold the chains over one base."""
-        stops = _stops(chains)
-        first = min(stops, key=len)
-        new_base = self._new_base(base, first, length, page)
-        pieces = {first: self._merged(first, length, page) if new_base == base else ()}
-        for chain in sorted(stops - {first}, key=len):
-            before = max(
-                (s for s in stops if len(s) < len(chain) and chain[: len(s)] == s), key=len
-            )
-            run = self._merged(chain[len(before) :], length, page)
-            pieces[chain] = (*pieces[before], *run)
+        new_base = base
+        pieces: dict[Chain, Chain] = {}
+        for before, run in _runs(_stops(chains)):
+            if before is None:
+                new_base = self._new_base(base, run, length, page)
+                pieces[run] = self._merged(run, length, page) if new_base == base else ()
+            else:
+                pieces[before + run] = pieces[before] + self._merged(run, length, page)
         return {
             Leaf(base, chain): Leaf(new_base, pieces[chain])
             for chain in chains
@@ -280,9 +301,7 @@ class _Folder:
 
     def _new_base(self, base: bytes, run: Chain, length: int, page: _Page) -> bytes:
         """The base with the run's sectors in it, where that pays; else the base as it is."""
-        takes = _stored(self._place(base, page))  # the new one is about as large
-        frees = sum(_stored(p) for p in self._freed((base, *run), page))
-        if not run or frees - takes < self.rule.gain * takes:
+        if not self._base_pays(base, run, page):
             return base
         raw = read_leaf(self.repository, Leaf(base, run), length, page.places)
         if not any(raw):  # a chunk of zeros is not stored, so that it cannot be a base
@@ -291,9 +310,17 @@ class _Folder:
         self.report.merged += len(run)
         return self._put(Kind.DATA, raw)
 
+    def _base_pays(self, base: bytes, run: Chain, page: _Page) -> bool:
+        takes = _stored(self._place(base, page))  # the new one is about as large
+        frees = sum(_stored(p) for p in self._freed((base, *run), page))
+        return bool(run) and frees - takes >= self.rule.gain * takes
+
+    def _merge_pays(self, run: Chain, page: _Page) -> bool:
+        return len(run) >= self.rule.dead_steps and len(self._freed(run, page)) == len(run)
+
     def _merged(self, run: Chain, length: int, page: _Page) -> Chain:
         """The same sectors in one delta, where the run is long and all of it is freed."""
-        if len(run) < self.rule.dead_steps or len(self._freed(run, page)) < len(run):
+        if not self._merge_pays(run, page):
             return run
         chunk = bytearray(length)
         ranges: Ranges = []
@@ -352,6 +379,16 @@ def _stops(chains: Set[Chain]) -> set[Chain]:
     """Where steps must not be merged across: ends of chains, and where two part."""
     ordered = sorted(chains)
     return set(ordered) | {_common(a, b) for a, b in pairwise(ordered)}
+
+
+def _runs(stops: Set[Chain]) -> Iterator[tuple[Chain | None, Chain]]:
+    """The steps between stops: the stop before them (None: the base) and the steps; shorter chains
+    first. All stops begin with the shortest."""
+    ordered = sorted(stops, key=len)
+    yield None, ordered[0]
+    for number, chain in enumerate(ordered[1:], 1):
+        before = next(s for s in reversed(ordered[:number]) if chain[: len(s)] == s)
+        yield before, chain[len(before) :]
 
 
 def _common(a: Chain, b: Chain) -> Chain:

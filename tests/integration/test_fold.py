@@ -150,17 +150,19 @@ _writes = st.lists(st.tuples(st.integers(0, 9 * CHUNK), st.integers(1, 3000)), m
     size=st.integers(1, 9 * CHUNK),
     nights=st.lists(st.tuples(_writes, st.integers(0, 100)), min_size=1, max_size=10),
     rounds=st.lists(st.tuples(st.integers(0, 2**11 - 1), st.booleans()), min_size=1, max_size=3),
-    gain=st.sampled_from([0.0, 0.1, 0.5]),
-    dead_steps=st.sampled_from([1, 2, 4]),
+    rule=st.builds(
+        FoldRule,
+        gain=st.sampled_from([0.0, 0.1, 0.5]),
+        dead_steps=st.sampled_from([1, 2, 4]),
+        pages=st.sampled_from([0.5, 1e9]),
+    ),
 )
 def test_fold_of_any_kept_nights_leaves_every_content_as_it_was(
     size: int,
     nights: list[tuple[list[tuple[int, int]], int]],
     rounds: list[tuple[int, bool]],
-    gain: float,
-    dead_steps: int,
+    rule: FoldRule,
 ) -> None:
-    rule = FoldRule(gain=gain, dead_steps=dead_steps)
     with tempfile.TemporaryDirectory(prefix="fold-") as folder:
         repository = _repository(Path(folder), page_entries=2)
         made = _Nights(repository, size)
@@ -227,6 +229,15 @@ def test_fold_between_two_kept_nights_merges_the_steps_between_alone(
     assert made.leaf(0) == Leaf(made.leaf(5).base)
     assert len(made.leaf(5).deltas) == 1
     assert made.same([0, 5])
+
+
+def test_fold_that_would_write_more_pages_than_it_merges_waits(repository: Repository) -> None:
+    made = _Nights(repository, 4 * CHUNK)
+    for _ in range(9):
+        made.night([(0, 512)])
+    rule = FoldRule(gain=5, pages=0.01)
+    assert made.fold([8, 9], rule).roots == {}
+    assert made.fold([8, 9], FoldRule(gain=5)).merged == 8
 
 
 def test_fold_of_two_branches_keeps_what_they_share(repository: Repository) -> None:
