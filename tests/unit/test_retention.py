@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,7 +184,8 @@ def test_judge_period_rule_keeps_the_newest_of_each_of_the_newest_periods(
             if b.group == group:
                 newest[b.created_at.strftime(form)] = b
         wanted |= {newest[key].id for key in sorted(newest)[-count:]}
-    assert _kept(backups, replace(KeepRules(), **{name: count})) == wanted
+    rule: dict[str, Any] = {name: count}
+    assert _kept(backups, KeepRules(**rule)) == wanted
 
 
 @given(_backups, st.integers(1, 1000))
