@@ -281,6 +281,9 @@ def check(
         if rebuild_catalog:
             ctx.catalog.replace_backups(name, backups)
             adopt(ctx.catalog, backups)
+            from offload.services import legalholds  # which opens stores from here
+
+            legalholds.note(ctx, name, repository)
             rebuilt = len(backups)
         checker.problems += chain.missing(shown, ctx.catalog, name, expect_head)
         return CheckReport(

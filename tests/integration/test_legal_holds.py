@@ -181,12 +181,11 @@ def test_hold_and_release_killed_leave_what_the_page_says(
     assert set(ctx.catalog.holds()) == ({ident} if stays else set())
 
 
-def test_catalog_made_anew_knows_the_holds_after_a_prune(ctx: Context) -> None:
+def test_catalog_made_anew_knows_holds_and_tags(ctx: Context) -> None:
     old, _ = _backups(ctx, 2, "release")
     legalholds.hold(ctx, [old], "case 7")
     ctx.catalog.drop_hold(old)
     stores.check(ctx, "main", rebuild_catalog=True)
-    prune(ctx, "main")
     assert ctx.catalog.holds()[old].reason == "case 7"  # type: ignore[index]
     assert {b.tags for b in ctx.catalog.backups()} == {("release",)}
 
