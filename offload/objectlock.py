@@ -99,6 +99,10 @@ class Locking(Protocol):
         """Until when a version is locked; None if it is not, or no longer."""
         ...
 
+    def is_locked(self, name: str) -> bool:
+        """Whether the original of an object is locked now."""
+        ...
+
     def extend(self, version: Version, until: datetime) -> None:
         """Lock a version at least until then."""
         ...

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,17 +109,34 @@ class Repository:
             self._heads.update(heads)
             return packs, name not in self._hidden
         except IntegrityError as error:
+            if isinstance(self.store, Locking) and not self.store.is_locked(name):
+                log.warning("%s, and not locked: it is none of ours", error.message)
+                return {}, False
             log.warning("%s; reading the packs themselves", error.message)
-            return {pack: self.pack_entries(pack) for pack in self.store.list(layout.PACKS)}, False
+            return dict(self._all_entries()), False
+
+    def _all_entries(self) -> Iterator[tuple[str, list[Entry]]]:
+        """Of all packs that can be read."""
+        for pack in self.store.list(layout.PACKS):
+            try:
+                yield pack, self.pack_entries(pack)
+            except IntegrityError as error:
+                log.warning("%s", error.message)
 
     def pack_entries(self, name: str) -> list[Entry]:
-        """What is in a pack: by its footer, or, if that is damaged, by its records."""
+        """What is in a pack: by its footer, or, if that is damaged, by its records; under object
+        lock by those of its original. IntegrityError (`bad-pack`)."""
         try:
-            return read_footer(
-                name, self.store.size(name), partial(self.store.get_range, name), self.keys
-            )
+            return self._footer(name)
         except IntegrityError:
+            if isinstance(self.store, Locking) and self.store.distrust(name):
+                return self.pack_entries(name)
             return list(scan_records(name, memoryview(self.store.get(name))))
+
+    def _footer(self, name: str) -> list[Entry]:
+        return read_footer(
+            name, self.store.size(name), partial(self.store.get_range, name), self.keys
+        )
 
     def put_index(self, name: str, packs: dict[str, list[Entry]]) -> int:
         """Put an index object; returns its bytes."""

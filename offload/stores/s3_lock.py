@@ -198,6 +198,11 @@ class LockedStore:
         until = self._locks[key]
         return until if until is not None and until > self.clock() else None
 
+    def is_locked(self, name: str) -> bool:
+        """Whether the original of an object is locked now."""
+        found = self.originals([name]).get(name)
+        return found is not None and self.locked_until(found) is not None
+
     def extend(self, version: Version, until: datetime) -> None:
         """Lock a version at least until then."""
         self.inner.retain(version, until)
