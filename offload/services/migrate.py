@@ -8,7 +8,8 @@
 | after that | its home | overlay and source go |
 
 The row of the catalog decides, also after a reboot. It changes while clients wait, so that
-whichever place it names has every write that was acknowledged.
+whichever place it names has every write that was acknowledged. Clients do not wait for a person:
+a process of its own (`migrate_guard.py`) recovers at once what is killed then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from offload.origin import OriginKind, parse_origin
 from offload.progress import NoProgress, Progress
 from offload.qemu_storage import Node
 from offload.qmp import Qmp, QmpGoneError
-from offload.services import homes, overlays, timemark
+from offload.services import homes, migrate_guard, overlays, timemark
 from offload.services.context import Context
 from offload.services.homes import Home
 from offload.services.undo import dump
@@ -92,6 +93,7 @@ def migrate(ctx: Context, name: str, place: str, progress: Progress | None = Non
                 _copy(qmp, view, progress or NoProgress())
                 home.flush()
                 op.done("ready")
+                stack.enter_context(migrate_guard.guarded(ctx))  # also while it is taken back
                 held_s, moved = _switch(ctx, op, qmp, view, home)
             _settle(ctx.instance, ctx.catalog, op, args)
             if made:

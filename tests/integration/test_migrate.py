@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,20 @@ def read(view: View) -> bytes:
     return data
 
 
-def migrate_until(step: str, config: Path, folder: Path) -> None:
+# A migration whose guard is killed with it.
+UNGUARDED = """
+import contextlib, sys
+from offload.cli.main import run
+from offload.services import migrate_guard
+migrate_guard.guarded = lambda ctx: contextlib.nullcontext()
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def migrate_until(step: str, config: Path, folder: Path, *, guarded: bool = False) -> None:
     """A migration that dies at a step."""
-    program = [sys.executable, "-m", "offload.cli", "--config", str(config)]
+    how = ["-m", "offload.cli"] if guarded else ["-c", UNGUARDED]
+    program = [sys.executable, *how, "--config", str(config)]
     done = run.run(
         [*program, "migrate", "v", "--to", str(folder / "home.raw")],
         env={CRASH_ENV: step},
@@ -389,6 +401,22 @@ def test_migrate_killed_with_all_servers_is_served_again_from_where_the_catalog_
     assert (folder / "home.raw").exists() == at_home
     assert read(ctx.catalog.view("v")) == image
     assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("step", ["migrate.held.done", "migrate.row.done"])
+def test_migrate_killed_while_clients_wait_lets_them_go_on_by_itself(
+    ctx: Context, writer: Writer, folder: Path, step: str
+) -> None:
+    migrate_until(step, folder / "offload.toml", folder, guarded=True)
+    writer.wait_for(20)  # nobody has recovered
+    shown = writer.stop()
+    until = time.monotonic() + 30
+    while leftovers(folder):
+        assert time.monotonic() < until, leftovers(folder)
+        time.sleep(0.02)
+    now = ctx.catalog.view("v")
+    assert now.origin.startswith("home:") == (step == "migrate.row.done")
+    assert read(now) == shown
 
 
 def test_migrate_command_says_where_the_view_is(
