@@ -54,6 +54,7 @@ _KEYS = {  # kind of key source → option
 @click.option("--credentials-file", type=_FILE, help="Such a file in another place.")
 @click.option("--ca-file", type=_FILE, help="Certificates of an authority of one's own.")
 @click.option("--path-style", is_flag=True, help="The bucket in the path: most servers but AWS.")
+@click.option("--as-of", metavar="TIME", help="Of S3, after an attack: as it was then, read-only.")
 @click.option("--force", is_flag=True, help="Move an existing configuration aside first.")
 @click.pass_context
 def init(

@@ -73,9 +73,10 @@ def prove(store: Store) -> None:
     store.delete(name)
 
 
-def describe(rules: LockRules | None) -> str:
-    """For lists: the mode and the times."""
+def summary(store: Store) -> dict[str, str]:
+    """What is configured, for `store show`."""
+    rules = LockRules.of(store.spec)
     if rules is None:
-        return "none"
-    days = f"{rules.retain_s / DAY_S:g} days, and up to {2 * rules.generation_s / DAY_S:g} more"
-    return f"{rules.mode}: {days} for packs"
+        return {}
+    backups, packs = rules.retain_s / DAY_S, 2 * rules.generation_s / DAY_S
+    return {"locks": f"{rules.mode}, {backups:g} days; packs up to {packs:g} days longer"}

@@ -28,7 +28,7 @@ from offload.format.pack import read_footer
 from offload.format.sealed import seal_object, unseal_object
 from offload.ids import new_id
 from offload.model import Backup, BackupSource, ImageRecord
-from offload.services import chain
+from offload.services import chain, locks
 from offload.services.context import Context
 from offload.store import Exclusive, Store, Sweepable
 from offload.storespec import StoreSpec
@@ -205,7 +205,7 @@ def show(ctx: Context, name: str) -> StoreSummary:
             chunk_bytes=repository.parameters.chunk_bytes,
             zstd_level=repository.parameters.zstd_level,
             key_version=repository.keys.current.number or None,
-            honours=_last_probe(repository),
+            honours={**_last_probe(repository), **locks.summary(repository.store)},
         )
 
 
@@ -223,7 +223,10 @@ def _last_probe(repository: Repository) -> dict[str, str]:
     if not known:
         return {}
     newest = max(known, key=lambda info: info.modified).name
-    value = unseal_object(newest, objects.get(newest), repository.keys)
+    try:
+        value = unseal_object(newest, objects.get(newest), repository.keys)
+    except IntegrityError as error:
+        return {"probed": error.message}
     return {"probed": value["probed_at"], **value["found"]}
 
 

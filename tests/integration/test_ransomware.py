@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from offload import compose
+from offload import compose, instance
 from offload.cli.main import run as offload
 from offload.engine.manifests import read_manifest
 from offload.engine.repository import Repository
@@ -166,12 +166,24 @@ def test_ransomware_every_locked_backup_is_restored_on_a_bare_machine(scene: Sce
     scene.restore_all(ask, scene.folder / "bare")
 
 
-def test_ransomware_as_of_the_moment_before_all_is_as_it_was(scene: Scene) -> None:
-    """And nothing that was put later is even listed."""
+def test_ransomware_as_of_the_moment_before_all_is_as_it_was(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing that was put later is even listed. The machine begins with an address, a key and
+    a time."""
     _rampage(scene)
-    more = f'as_of = "{scene.moment.isoformat()}"\n' + RECOVERY.format(folder=scene.folder)
-    ask = scene.bare("past", more)
-    scene.restore_all(ask, scene.folder / "past")
+    monkeypatch.setattr(instance, "_runtime_base", lambda _: scene.folder / "run-of-past")
+    ask = scene.bare("past", "")
+    rgw, past = scene.site.place.rgw, scene.folder / "past"
+    ask(
+        "init", "--force", "--state-dir", str(past / "state"),
+        "--from-store", f"s3://{scene.site.place.bucket}/vault",
+        "--endpoint", rgw.endpoint, "--path-style",
+        "--credentials-file", str(rgw.credentials_file),
+        "--recovery-key-file", str(scene.folder / "recovery"),
+        "--as-of", scene.moment.isoformat(),
+    )  # fmt: skip
+    scene.restore_all(ask, past)
     assert {entry["id"] for entry in ask("backup", "list")} == set(scene.locked)
     report = ask("store", "check", "main")
     assert report["problems"] == []
