@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from prune_site import CHUNK, SHARED, SIZE, Site, make_site, shift_clock
 
+from offload import run
 from offload.engine.fences import give_up, look_for_fences
 from offload.engine.pins import HeldPin, PinKind, read_pins
 from offload.engine.tombstones import put_tombstone
-from offload.errors import BusyError, IntegrityError
+from offload.errors import BusyError, IntegrityError, UnavailableError
 from offload.format import layout
 from offload.journal import CRASH_ENV
 from offload.retention import KeepRules
@@ -43,11 +44,10 @@ def test_backup_stalled_at_any_step_beside_prunes_is_whole_or_fails(site: Site) 
             "backup.manifest.written", "backup.confirmed"} <= set(steps)  # fmt: skip
     given_up = []
     for step in steps:
-        site.fill()
+        site.fill(1)
         site.change()
         child = site.stalled("backup", step)
         site.prune()  # its pin is young: it is waited for
-        site.check_but_for_running()
         with pytest.MonkeyPatch.context() as patch:
             shift_clock(patch, 2)
             site.prune()
@@ -67,7 +67,7 @@ def test_backup_stalled_at_any_step_beside_prunes_is_whole_or_fails(site: Site) 
 
 def test_backup_killed_at_any_step_beside_prunes_is_whole_or_never_was(site: Site) -> None:
     for step in site.steps("backup"):
-        site.fill()
+        site.fill(1)
         site.change()
         ended = site.start("backup", step, CRASH_ENV).resume()
         assert ended.status == -signal.SIGKILL, (step, ended)
@@ -84,7 +84,7 @@ def test_prune_stalled_at_any_step_and_woken_after_others_does_no_harm(site: Sit
             "prune.sweep.before", "prune.index.written", "prune.indexes.deleted",
             "prune.pack.deleted", "prune.tombstone.deleted"} <= set(steps)  # fmt: skip
     for step in steps:
-        site.fill(3)
+        site.fill()
         child = site.stalled("prune", step)
         site.change()
         site.back_up()
@@ -96,25 +96,26 @@ def test_prune_stalled_at_any_step_and_woken_after_others_does_no_harm(site: Sit
             site.prune()
         ended = child.resume()
         assert ended.status == 0 or ended.err.startswith("given-up:"), (step, ended)
-        site.check()
         site.change()
         site.back_up()  # on what the store says it has
         site.check()
-        site.check_swept()
+    site.check_swept()
 
 
 def test_prune_killed_at_any_step_beside_others_is_finished_by_the_next(site: Site) -> None:
     site.fill()
     for step in site.steps("prune"):
-        site.fill(3)
+        site.fill()
         ended = site.start("prune", step, CRASH_ENV).resume()
         assert ended.status == -signal.SIGKILL, (step, ended)
         site.change()
         site.back_up()
         site.ctx.journal.recover()
         site.check()
-        site.check_swept()
+        site.prune()
         site.check()
+        assert site.objects("tombstones") == site.objects("pins") == []
+    site.check_swept()
 
 
 # -- who waits for whom --------------------------------------------------------------------------
@@ -316,3 +317,26 @@ def test_backup_that_lost_a_pack_it_built_on_is_made_again(site: Site) -> None:
     new = {p for p in site.objects("packs") if ended.out in p}
     stored = b"".join((site.folder / "store" / p).read_bytes() for p in new)
     assert all(needed[at : at + CHUNK] in stored for at in range(0, len(needed), CHUNK))
+
+
+@pytest.mark.needs_root
+def test_store_that_cannot_be_written_to_is_read_without_a_pin_and_not_written(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = site.ctx.catalog.backups(store="main")[-1].id
+    folder = str(site.folder / "store")
+    run.run(["mount", "--bind", folder, folder], timeout_s=20)
+    try:
+        run.run(["mount", "-o", "remount,bind,ro", folder], timeout_s=20)
+        image = site.open_image(newest)
+        assert image.pread(0, SIZE) == site.taken[newest]
+        image.close()
+        assert "read without a pin" in caplog.text
+        for write in (site.back_up, site.prune):
+            with pytest.raises(UnavailableError) as caught:
+                write()
+            assert caught.value.code == "store-read-only"
+    finally:
+        run.run(["umount", folder], timeout_s=20)
+    assert site.ctx.journal.leftovers() == []
+    site.check()
