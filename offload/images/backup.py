@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from offload import compose
 from offload.engine.blockcache import BlockCache, CachedStore
 from offload.engine.pins import pinned_manifest
-from offload.engine.readahead import ReadAhead
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
-from offload.engine.slots import SlotReader
 from offload.errors import NotFoundError
 from offload.model import BackupSource
 from offload.store import Exclusive, Store
+
+if TYPE_CHECKING:
+    from offload.engine.readahead import ReadAhead
 
 
 class BackupImage(StoredImage):
@@ -78,6 +80,9 @@ def _cache_of(source: BackupSource, store: Store) -> BlockCache | None:
 def _read_ahead(
     image: StoredImage, source: BackupSource, store: Store, cache: BlockCache | None
 ) -> ReadAhead:
+    from offload.engine.readahead import ReadAhead  # not for the many views of stores that are near
+    from offload.engine.slots import SlotReader
+
     chunk = image.shape.chunk_bytes
     return ReadAhead(
         SlotReader(image, store, cache),
