@@ -81,5 +81,6 @@ def sweep_fences(store: Store, now: datetime) -> None:
     for folder in (layout.FENCES, layout.VOIDS):
         for info in list(store.infos(folder)):
             writer = info.name.removeprefix(folder).partition("/")[0]
-            if now - info.modified > KEPT and not store.exists(layout.manifest_name(writer)):
+            done = (layout.manifest_name(writer), layout.fold_name(writer))
+            if now - info.modified > KEPT and not any(store.exists(name) for name in done):
                 store.delete(info.name)

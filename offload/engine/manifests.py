@@ -22,6 +22,7 @@ from offload.format.fold import Fold, decode_fold
 from offload.format.manifest import Manifest, decode_manifest
 from offload.model import Backup
 from offload.objectlock import Locking
+from offload.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +82,21 @@ def read_folds(repository: Repository) -> Folds:
     raise AssertionError("unreachable")
 
 
+def void_folds(store: Store) -> list[str]:
+    """Folds of prunes that were given up, by name. They must go before their `voids/` do."""
+    voids = set(store.list(layout.VOIDS))
+    return [
+        name
+        for name in store.list(layout.FOLDS)
+        if layout.VOIDS + name.removeprefix(layout.FOLDS) in voids
+    ]
+
+
 def _existing(repository: Repository) -> Iterator[tuple[str, Fold]]:
     names = list(repository.store.list(layout.FOLDS))
-    voids = set(repository.store.list(layout.VOIDS)) if names else set()
+    void = set(void_folds(repository.store)) if names else set()
     for name in names:
-        if layout.VOIDS + name.removeprefix(layout.FOLDS) not in voids:
+        if name not in void:
             try:
                 raw = repository.store.get(name)
                 yield name, repository.with_keys(partial(decode_fold, name, raw))

@@ -32,6 +32,7 @@ from offload.configs.stores import KeepConfig
 from offload.engine.fences import sweep_fences
 from offload.engine.fold import FoldReport, fold, images_of, publish
 from offload.engine.liveset import LiveSet
+from offload.engine.manifests import void_folds
 from offload.engine.mark import Manifests, Marker, Roots, find_roots, unsafe
 from offload.engine.packplan import PackPlan, copy_live, plan_packs
 from offload.engine.packwriter import PackWriter
@@ -188,6 +189,8 @@ class _Prune:
             finished.erase(self.ctx, op, gone, number)
         for ident in roots.void:
             self.repository.store.delete(layout.manifest_name(ident))
+        for name in void_folds(self.repository.store):
+            self.repository.store.delete(name)
         step("prune.forgotten")
         # anew: what was forgotten may be pinned by now
         folded, roots = self._fold(pin, seen, self._find_roots())

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from offload.engine.fences import KEPT, give_up, sweep_fences
 from offload.engine.manifests import read_folds
 from offload.engine.pins import HeldPin, PinKind, images_of
 from offload.extents import Ranges, normalize
 from offload.format import layout
+from offload.format.fold import Fold, encode_fold
 from offload.format.layout import encode_parameters, new_parameters
 from offload.images.backup import open_backup_image
 from offload.journal import CRASH_ENV
@@ -223,3 +225,27 @@ def test_prune_killed_while_it_folds_leaves_all_backups_whole(
         alive = {known.id for known in site.ctx.catalog.backups()}
         folds = read_folds(repository).objects.values()
         assert all(set(fold.backups) <= alive for fold in folds)
+
+
+def test_prune_deletes_the_late_fold_of_a_prune_that_was_given_up(site: Site) -> None:
+    for _ in range(3):
+        site.night()
+    with stores.opened(site.ctx, "main", exclusive=False) as repository:
+        assert give_up(repository, "aprune0001", "bprune0001")
+        late = Fold(9, {known: {"db": "01" * 32} for known in site.contents})
+        name = layout.fold_name("aprune0001")
+        repository.store.put(name, [encode_fold(name, late, repository.keys)])
+    site.check()
+    site.prune(KeepRules(last=2))
+    assert site.objects(layout.FOLDS) == []
+    assert site.objects(layout.VOIDS) == [layout.void_name("aprune0001")]
+    site.check()
+
+
+def test_sweep_fences_keeps_the_void_of_a_fold_that_is_still_there(site: Site) -> None:
+    with stores.opened(site.ctx, "main", exclusive=False) as repository:
+        for writer in ("aprune0001", "aprune0002"):
+            assert give_up(repository, writer, "bprune0001")
+        repository.store.put(layout.fold_name("aprune0001"), [b"late"])
+        sweep_fences(repository.store, repository.store.now() + 2 * KEPT)
+    assert site.objects(layout.VOIDS) == [layout.void_name("aprune0001")]
