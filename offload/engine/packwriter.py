@@ -28,9 +28,9 @@ from offload.format.pack import (
 )
 from offload.journal import step
 from offload.quantity import Watermark, show_size
-from offload.store import Buffer
+from offload.store import Buffer, Exclusive
 
-_PACKS = 3  # of memory: one being filled, one that waits, one being put
+_PACKS = 3  # of memory: one being filled, two that wait or are being put
 _USUAL_CHUNK = 256 << 10
 _TRIAL_BYTES = 8 << 10
 _TRIAL_FROM = 64 << 10
@@ -118,6 +118,7 @@ class PackWriter:
         self._keys = repository.keys
         self._min_free = min_free or Watermark()
         self._mutex = threading.Lock()
+        self._counts = threading.Lock()  # of putters: the mutex is held while a pack is waited for
         self._nothing_known = repository.index.empty()  # the first backup need not ask each time
         self._mine: set[bytes] = set()
         self._pack: _Pack | None = None
@@ -125,8 +126,14 @@ class PackWriter:
         self._room = threading.Semaphore(_PACKS)
         self._queue: queue.Queue[_Pack | None] = queue.Queue()
         self._failure: BaseException | None = None
-        self._putter = threading.Thread(target=self._put_all, name="pack-put", daemon=True)
-        self._putter.start()
+        # a request to a server takes its time: another one goes on meanwhile
+        putters = 1 if isinstance(repository.store, Exclusive) else 2
+        self._putters = [
+            threading.Thread(target=self._put_all, name="pack-put", daemon=True)
+            for _ in range(putters)
+        ]
+        for putter in self._putters:
+            putter.start()
 
     def __enter__(self) -> PackWriter:
         return self
@@ -137,9 +144,7 @@ class PackWriter:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self._putter.is_alive():
-            self._queue.put(None)
-            self._putter.join()
+        self._end_putters()
 
     def add(
         self,
@@ -255,9 +260,11 @@ class PackWriter:
     def _put(self, pack: _Pack) -> None:
         pack.parts.append(footer(pack.name, pack.entries, pack.size, self._keys, pack.head))
         self._check_room(sum(len(part) for part in pack.parts))
-        self.stored_bytes += self.repository.store.put(pack.name, pack.parts)
-        self.packs[pack.name] = pack.entries
-        self.repository.note_head(pack.name, pack.head)
+        stored = self.repository.store.put(pack.name, pack.parts)
+        with self._counts:
+            self.stored_bytes += stored
+            self.packs[pack.name] = pack.entries
+            self.repository.note_head(pack.name, pack.head)
 
     def _check_room(self, size: int) -> None:
         space = self.repository.store.space_bytes()
@@ -269,14 +276,20 @@ class PackWriter:
                 hint="make room, run offload prune, or lower min_free of the store",
             )
 
+    def _end_putters(self) -> None:
+        for _ in self._putters:
+            self._queue.put(None)
+        for putter in self._putters:
+            putter.join()
+        self._putters.clear()
+
     def flush(self) -> dict[str, list[Entry]]:
         """Put the last pack and wait for all; returns what is in the packs. Ends the writer."""
         with self._mutex:
             if self._pack is not None:
                 self._queue.put(self._pack)
                 self._pack = None
-        self._queue.put(None)
-        self._putter.join()
+        self._end_putters()
         if self._failure is not None:
             raise self._failure
         return self.packs

@@ -176,7 +176,8 @@ class S3Store:
             try:
                 return self.client.head_object(Bucket=self.place.bucket, Key=key)
             except boto.ClientError as error:
-                if s3_errors.is_transient(error):
+                missing = self.traffic.answered and s3_errors.is_missing(error)  # not its bucket
+                if missing or s3_errors.is_transient(error):
                     raise
             return self.client.get_object(Bucket=self.place.bucket, Key=key, Range="bytes=0-0")
 

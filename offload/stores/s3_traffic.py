@@ -137,7 +137,7 @@ class Traffic:
         self.down = RateLimit(pace.bytes_per_s)
         self._free = threading.BoundedSemaphore(pace.parallel)
         self._sleep = sleep
-        self._answered = False
+        self.answered = False
 
     def call(self, request: Callable[[int], T]) -> T:
         """What `request` returns; it is told how often it has been tried before."""
@@ -147,7 +147,7 @@ class Traffic:
         def once() -> T:
             with self._free:
                 answer = request(next(tries))
-            self._answered = True
+            self.answered = True
             return answer
 
         retrying = Retrying(
@@ -166,6 +166,6 @@ class Traffic:
         error = state.outcome and state.outcome.exception()
         log.info("S3 request failed, attempt %d: %s", state.attempt_number, error)
         patience = self.pace.patience_s
-        if not self._answered:
+        if not self.answered:
             patience = min(patience, _FIRST_PATIENCE_S)
         return now - first_failure[0] >= patience

@@ -168,12 +168,12 @@ def test_requests_are_few(site: Site) -> None:
     site.back_up()
     packs = site.proxy.count("PUT", "/packs/")
     assert packs in (5, 6)  # 20 MiB in packs of 4 MiB
-    assert site.proxy.count() <= packs + 40
-    assert site.proxy.count("PUT") <= packs + 10
+    assert site.proxy.count() <= packs + 25
+    assert site.proxy.count("PUT") <= packs + 5
     site.proxy.forget()
     site.back_up()  # nothing has changed
     assert site.proxy.count("PUT", "/packs/") == 0
-    assert site.proxy.count() <= 40
+    assert site.proxy.count() <= 35
 
 
 def test_local_index_is_made_anew_in_few_requests(site: Site) -> None:
