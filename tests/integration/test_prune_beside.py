@@ -6,7 +6,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import nbd
 import pytest
 from prune_site import CHUNK, SHARED, SIZE, Site, make_site, shift_clock
 
@@ -18,6 +20,7 @@ from offload.errors import BusyError, IntegrityError, UnavailableError
 from offload.format import layout
 from offload.journal import CRASH_ENV
 from offload.retention import KeepRules
+from offload.services import mount as mounts
 from offload.services import stores
 from offload.services.context import open_context
 from offload.services.prune import prune
@@ -340,3 +343,29 @@ def test_store_that_cannot_be_written_to_is_read_without_a_pin_and_not_written(
         run.run(["umount", folder], timeout_s=20)
     assert site.ctx.journal.leftovers() == []
     site.check()
+
+
+@pytest.mark.parametrize("site", [""], indirect=True)
+def test_prune_beside_a_mounted_view_and_a_backup_on_a_folder_of_this_machine(site: Site) -> None:
+    """Nobody has the folder alone: the view's server and the backup hold it, and both go on."""
+    oldest = site.ctx.catalog.backups(store="main")[0].id
+    (view,) = mounts.mount(site.ctx, [f"backup:{oldest}/db"])
+    try:
+        site.change()
+        child = site.stalled("backup", "backup.images.written")
+        report = site.prune()
+        shown = {v.backup.id: v.reasons for v in report.verdicts}[oldest]
+        assert shown == (f"shown by view {view.name}",)
+        handle: Any = nbd.NBD()
+        handle.connect_uri(view.uri)
+        assert handle.pread(SIZE, 0) == site.taken[oldest]
+        handle.shutdown()
+        ended = child.resume()
+        assert ended.status == 0, ended
+        site.taken[ended.out] = site.now()
+        site.check()
+    finally:
+        mounts.unmount(site.ctx, [view.name], force=True)
+    assert site.prune().freed_bytes > 0
+    site.check()
+    site.check_swept()
