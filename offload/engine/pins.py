@@ -84,7 +84,7 @@ class Pin:
         return now >= self.until or self._dead()
 
     def _dead(self) -> bool:
-        if self.machine != procs.machine_id():
+        if self.machine != _machine():
             return False
         process = procs.ProcessRef.from_strings(dict(self.process))
         return process is not None and not process.alive()
@@ -96,6 +96,12 @@ class Pin:
         return (
             f"{what} {self.id} on {self.host} (pid {self.process.get('pid', '?')}, since {since})"
         )
+
+
+def _machine() -> str:
+    """Where a pid means something: this boot, this pid namespace. Hosts can be clones with one
+    machine id, and containers share their host's."""
+    return f"{procs.boot_id()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 def images_of(backup: Backup) -> list[PinImage]:
@@ -174,7 +180,7 @@ class HeldPin:
                 "version": 1,
                 "kind": self.kind.value,
                 "host": os.uname().nodename,
-                "machine": procs.machine_id(),
+                "machine": _machine(),
                 "process": ref.to_strings() if ref else {},
                 "started_at": self._started.isoformat(),
                 "lifetime_s": self.lifetime_s,
