@@ -67,13 +67,14 @@ def copy(
     """
     from offload.services import copy as service
     from offload.services import verify as verifying
+    from offload.services.copy_plan import CopyRequest
 
     if bool(backups) == (everything or group is not None):
         raise click.UsageError("name the backups to copy, or say --all or --group")
     if last is not None and backups:
         raise click.UsageError("--last needs --all or --group")
     settings = settings_of(ctx)
-    request = service.CopyRequest(source=source, target=target, ids=backups, group=group, last=last)
+    request = CopyRequest(source=source, target=target, ids=backups, group=group, last=last)
     checked = None
     with changing_context(settings) as context, progress(settings) as shown:
         report = service.copy(context, request, shown)

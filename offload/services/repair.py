@@ -51,8 +51,9 @@ from offload.origin import parse_origin
 from offload.progress import NoProgress, Progress
 from offload.quantity import Watermark
 from offload.services import points, stores
+from offload.services.batches import Batches
 from offload.services.context import Context
-from offload.services.copy import Batches, origin_of, origins_in
+from offload.services.copy_plan import origin_of, origins_in
 from offload.services.verify import Problem, merged
 from offload.services.verify_packs import Found
 

@@ -39,7 +39,7 @@ ACTIONS = {
     "abort-backup": "offload.services.backup:undo_backup",  # store, backup
     "abort-copy": "offload.services.copy:undo_copy",  # store, name, backup
     "drop-pin": "offload.services.repair:undo_pin",  # store, pin
-    "abort-packs": "offload.services.copy:undo_packs",  # store, writer
+    "abort-packs": "offload.services.batches:undo_packs",  # store, writer
     "delete-backup": "offload.services.backups:undo_delete",  # store, backup, timemark
     "release-hold": "offload.services.legalholds:undo_hold",  # store, backup
     "abort-key": "offload.services.keymaker:undo_key",  # store, commit, object, file, print

@@ -23,14 +23,15 @@ from offload.ids import new_id
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.progress import NoProgress
 from offload.retention import KeepRules
-from offload.services.copy import Copied, CopyRequest, copy
+from offload.services.copy import copy
+from offload.services.copy_plan import Copied, CopyRequest
 from offload.services.prune import prune
 from offload.services.verify import VerifyOptions, verify
 from offload.testing.backup_site import CHUNK, PROVIDER, BackupSite, backup_site, unnamed_steps
 
 PAGE = Path(__file__).parents[2] / "docs" / "design" / "recovery.md"
 WAYS = ["same-key", "new-key", "new-cut"]
-COPY = "from offload.services.copy import CopyRequest, copy\ncopy(ctx, CopyRequest(source='main', target='away'))"  # noqa: E501
+COPY = "from offload.services.copy import copy\nfrom offload.services.copy_plan import CopyRequest\ncopy(ctx, CopyRequest(source='main', target='away'))"  # noqa: E501
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from offload.format.pack import Kind
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.progress import NoProgress
 from offload.services import backups as finished
-from offload.services.copy import CopyRequest, copy
+from offload.services.copy import copy
+from offload.services.copy_plan import CopyRequest
 from offload.services.prune import PruneReport, prune
 from offload.services.repair import repair
 from offload.services.verify import VerifyOptions, verify
