@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from offload import compose
 from offload.engine import retention_lock
@@ -27,8 +29,8 @@ from offload.services.store_init import InitOptions, init
 from offload.stores.s3_lock import LockedStore
 from offload.testing.backup_site import PROVIDER
 from offload.testing.fault_proxy import fault_proxy
-from offload.testing.locked_site import LockedSite, Place, locked_site
-from offload.testing.rgw import RunningRgw
+from offload.testing.locked_site import SIZES, LockedSite, Place, locked_site
+from offload.testing.rgw import RunningRgw, S3User
 
 LOCK = """
 [stores.main.lock]
@@ -275,3 +277,47 @@ def test_no_change_of_a_sparse_tebibyte_is_few_requests_and_no_walk(
             assert proxy.count(part="retention") <= 8
             assert proxy.count("PUT", "retention") == 0
             assert proxy.count() < 150
+
+
+def test_backup_works_with_credentials_that_can_only_add(
+    site: LockedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs/howto/s3.md: dates are extended with them, and nothing is destroyed."""
+    rgw, bucket = site.place.rgw, site.place.bucket
+    site.back_up()
+    user = rgw.new_user()
+    page = Path(__file__).parents[2] / "docs/howto/s3.md"
+    policy = page.read_text().partition("```json\n")[2].partition("```")[0]
+    policy = policy.replace("example-backups", bucket).replace("site-a/", "vault/")
+    policy = policy.replace(
+        "arn:aws:iam::111122223333:user/backup", f"arn:aws:iam:::user/{user.name}"
+    )
+    rgw.client().put_bucket_policy(Bucket=bucket, Policy=policy)
+    keys = user.write_credentials(site.folder / "append-only")
+    config = site.folder / "offload.toml"
+    config.write_text(config.read_text().replace(str(rgw.credentials_file), str(keys)))
+    site.scribble()
+    real = LockedStore.clock
+    monkeypatch.setattr(LockedStore, "clock", lambda store: real(store) + timedelta(hours=2))
+    with open_context(config) as ctx:
+        done = backup(ctx, "shop", "main").backup
+        site = replace(site, ctx=ctx)  # what he has put is his: the owner may not ask for its dates
+        site.taken[done.id] = {n: site.volume(n).read_bytes() for n in SIZES}
+        _attack_by_adding(site, user, done.id)
+
+
+def _attack_by_adding(site: LockedSite, user: S3User, newest: str) -> None:
+    rgw, bucket = site.place.rgw, site.place.bucket
+    locks = _locks(site)
+    manifest = locks[layout.manifest_name(newest)]
+    first = locks[layout.index_name(min(site.taken, key=lambda ident: ident == newest))]
+    assert manifest is not None
+    assert first is not None
+    assert first >= manifest
+    client = rgw.client(user)
+    for version in client.list_object_versions(Bucket=bucket)["Versions"]:
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.delete_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])
+    for key in {v["Key"] for v in client.list_object_versions(Bucket=bucket)["Versions"]}:
+        client.put_object(Bucket=bucket, Key=key, Body=b"all yours are belong to us")
+    site.check_all()
