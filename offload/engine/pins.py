@@ -101,7 +101,7 @@ class Pin:
 def _machine() -> str:
     """Where a pid means something: this boot, this pid namespace. Hosts can be clones with one
     machine id, and containers share their host's."""
-    return f"{procs.boot_id()}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{procs.boot_id()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def images_of(backup: Backup) -> list[PinImage]:
