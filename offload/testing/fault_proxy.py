@@ -56,16 +56,16 @@ class Fault:
         return self.times > 0 and method in self.methods and self.part in path
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Seen:
     """A request that came. `status` 0: it got no answer."""
 
     method: str
     path: str  # with the query
-    status: int
     sent_bytes: int  # of the request's body, as its header says
-    got_bytes: int  # of the reply's body, as its header says
     trouble: Trouble | None
+    status: int = 0
+    got_bytes: int = 0  # of the reply's body, as its header says
 
 
 @dataclass
@@ -170,31 +170,20 @@ class _Connection(socketserver.StreamRequestHandler):
         headers = http.client.parse_headers(self.rfile)
         size = int(headers.get("Content-Length", 0))
         fault = self.server.proxy.take(method, path, size)
-        status = got = 0
-        try:
-            if fault is not None and fault.trouble is Trouble.ERROR:
-                status = fault.status
-                self._refuse(fault, size, headers)
-                return True
-            self._forward(method, path, headers, size, fault)
-            reply = self.upstream.getresponse()
-            status, got = reply.status, int(reply.headers.get("Content-Length", 0))
-            if fault is not None and fault.trouble is Trouble.LOSE_REPLY:
-                reply.read()
-                status = 0
-                raise _Gone
-            self._answer(reply, method, fault)
-        finally:
-            seen = Seen(
-                method=method,
-                path=path,
-                status=status,
-                sent_bytes=size,
-                got_bytes=got,
-                trouble=None if fault is None else fault.trouble,
-            )
-            with self.server.proxy.mutex:
-                self.server.proxy.seen.append(seen)
+        seen = Seen(method, path, size, None if fault is None else fault.trouble)
+        with self.server.proxy.mutex:  # before the answer: whoever has that may count
+            self.server.proxy.seen.append(seen)
+        if fault is not None and fault.trouble is Trouble.ERROR:
+            seen.status = fault.status
+            self._refuse(fault, size, headers)
+            return True
+        self._forward(method, path, headers, size, fault)
+        reply = self.upstream.getresponse()
+        if fault is not None and fault.trouble is Trouble.LOSE_REPLY:
+            reply.read()
+            raise _Gone
+        seen.status, seen.got_bytes = reply.status, int(reply.headers.get("Content-Length", 0))
+        self._answer(reply, method, fault)
         return True
 
     def _refuse(self, fault: Fault, size: int, headers: http.client.HTTPMessage) -> None:
