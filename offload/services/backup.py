@@ -508,17 +508,22 @@ def _group_config(ctx: Context, group: str) -> dict[str, object]:
 
 
 def newest_manifest(repository: Repository) -> str | None:
-    """The seal of the newest manifest of the store: the head of the chain."""
-    newest: tuple[datetime, str] | None = None
-    for name in repository.store.list(layout.MANIFESTS):
-        raw = repository.store.get(name)
+    """The hash of the newest manifest of the store, by the store's clock: the head of the chain.
+
+    One is read, not all: a store has a thousand, and on S3 each is a request.
+    """
+    known = sorted(repository.store.infos(layout.MANIFESTS), key=lambda i: (i.modified, i.name))
+    for info in reversed(known):
         try:
-            found = decode_manifest(name, raw, repository.keys, "").backup.finished_at
+            raw = repository.store.get(info.name)
+        except NotFoundError:
+            continue  # deleted a moment ago
+        try:
+            decode_manifest(info.name, raw, repository.keys, "")
         except OffloadError:
             continue  # a damaged manifest is `verify`'s to report; it cannot be the head
-        if newest is None or found > newest[0]:
-            newest = (found, manifest_hash(raw))
-    return newest[1] if newest else None
+        return manifest_hash(raw)
+    return None
 
 
 # -- the end of a backup -----------------------------------------------------------------------
