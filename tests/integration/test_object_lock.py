@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -19,6 +23,7 @@ from offload.engine.repository import Repository
 from offload.engine.tree import walk_pages
 from offload.errors import PolicyError, UnavailableError
 from offload.format import layout
+from offload.journal import CRASH_ENV
 from offload.objectlock import LockRules
 from offload.retention import KeepRules
 from offload.services import backups
@@ -320,4 +325,59 @@ def _attack_by_adding(site: LockedSite, user: S3User, newest: str) -> None:
             client.delete_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])
     for key in {v["Key"] for v in client.list_object_versions(Bucket=bucket)["Versions"]}:
         client.put_object(Bucket=bucket, Key=key, Body=b"all yours are belong to us")
+    site.check_all()
+
+
+SCRIPT = f"""
+import sys
+from pathlib import Path
+from offload import compose
+from offload.services.backup import backup
+from offload.services.context import open_context
+compose.PROVIDERS["copy"] = {PROVIDER!r}
+with open_context(Path(sys.argv[1])) as ctx:
+    backup(ctx, "shop", "main")
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "there"),
+    [
+        ("store.packs.written", False),
+        ("store.index.written", False),
+        ("backup.locked", False),
+        ("backup.manifest.written", True),
+    ],
+)
+def test_backup_killed_is_taken_back_or_whole_and_the_next_one_is_locked(
+    site: LockedSite, killed_at: str, there: bool
+) -> None:
+    """What it has locked cannot be taken away; it is hidden, or left for a prune."""
+    site.back_up()
+    site.scribble()
+    taken = {n: site.volume(n).read_bytes() for n in SIZES}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(site.folder / "offload.toml")],
+        env={**os.environ, CRASH_ENV: killed_at},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    site.ctx.journal.recover()
+    assert site.ctx.journal.leftovers() == []
+    with site.repository() as repository:
+        idents = {n.removeprefix("manifests/") for n in repository.store.list(layout.MANIFESTS)}
+        assert list(repository.store.list(layout.PINS)) == []
+    new = idents - site.taken.keys()
+    assert len(new) == there
+    site.taken |= dict.fromkeys(new, taken)
+    site.scribble()
+    last = site.back_up().backup
+    locks = _locks(site)
+    manifest = locks[layout.manifest_name(last.id)]
+    assert manifest is not None
+    with site.repository() as repository:
+        for pack in _needed_packs(repository, last.id):
+            until = locks[pack]
+            assert until is not None
+            assert until >= manifest
     site.check_all()
