@@ -25,6 +25,7 @@ TOMBSTONES = "tombstones/"
 FOLDS = "folds/"
 HOLDS = "holds/"
 QUARANTINE = "quarantine/"
+DELETED = "deleted/"
 PROBES = "probes/"
 FORMAT_NAME = "offload-store"
 FORMAT_VERSION = 1
@@ -59,6 +60,11 @@ def fold_name(prune: str) -> str:
 def hold_name(backup: str) -> str:
     """The legal hold on one backup."""
     return f"{HOLDS}{backup}"
+
+
+def deletion_name(backup: str) -> str:
+    """That one backup was deleted on purpose."""
+    return f"{DELETED}{backup}"
 
 
 def key_name(wrapper: str) -> str:

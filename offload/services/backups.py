@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from offload import compose
 from offload.catalog.store import Catalog
+from offload.engine.deletions import note_deleted
 from offload.engine.pins import pinned_manifest
 from offload.engine.readimage import read_leaf
 from offload.engine.repository import Repository
@@ -119,15 +120,18 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
         refuse_shown(ctx, known.id)
     with ExitStack() as stack:
         op = stack.enter_context(ctx.journal.operation("backup-delete", " ".join(prefixes)))
+        opened: dict[str, Repository] = {}
         for name in dict.fromkeys(known.store for known in chosen):
-            repository = stack.enter_context(stores.opened(ctx, name, exclusive=False))
+            repository = opened[name] = stack.enter_context(
+                stores.opened(ctx, name, exclusive=False)
+            )
             legalholds.refuse_held(repository, [b for b in chosen if b.store == name])
             locks.refuse_locked(repository, [b for b in chosen if b.store == name])
             for known in chosen:
                 if known.store == name:
                     _pin(stack, repository, known)
         for number, known in enumerate(chosen, 1):
-            erase(ctx, op, known, number)
+            erase(ctx, op, opened[known.store], known, number=number)
     return chosen
 
 
@@ -137,7 +141,9 @@ def _pin(stack: ExitStack, repository: Repository, known: Backup) -> None:
         stack.enter_context(pinned_manifest(repository, known.id))
 
 
-def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
+def erase(
+    ctx: Context, op: Operation, repository: Repository, known: Backup, *, number: int
+) -> None:
     """Delete a backup's manifest, its row, and its TimeMark if that served nothing else.
 
     The caller holds the store's lock. Recovery finishes what was begun. A backup on which a legal
@@ -149,7 +155,7 @@ def erase(ctx: Context, op: Operation, known: Backup, number: int) -> None:
         "timemark": known.timemark,
     }
     op.intend(f"erase-{number}", "delete-backup", args)
-    _delete(ctx.instance, ctx.catalog, args)
+    _delete(ctx.instance, ctx.catalog, repository, args)
     op.done(f"erase-{number}")
 
 
@@ -157,21 +163,23 @@ def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
     """Finish the deletion of a backup, unless there is a legal hold on it. One that the store
     denies has not begun: that the backup stays was told to whoever asked."""
     try:
-        _delete(instance, catalog, args)
+        store = compose.open_store(args["store"])
+        with closing(Repository.open(store, instance.cache_dir)) as repository:
+            _delete(instance, catalog, repository, args)
     except PrivilegeError as error:
         if error.code != "store-denied":
             raise
         log.warning("backup %s stays: %s", args["backup"], error.message)
 
 
-def _delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    store = compose.open_store(args["store"])
-    try:
-        if not _manifest_gone(store, args["backup"]):
-            return
-    finally:
-        store.close()
+def _delete(
+    instance: Instance, catalog: Catalog, repository: Repository, args: Mapping[str, str]
+) -> None:
+    if not _manifest_gone(repository.store, args["backup"]):
+        return
     step("backup-delete.manifest.deleted")
+    note_deleted(repository, args["backup"])
+    step("backup-delete.noted")
     catalog.delete_backup(args["backup"])
     timemark.undo_unused(instance, catalog, {"ids": dump([args["timemark"]])})
 

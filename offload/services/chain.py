@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from offload.catalog.store import Catalog
+from offload.engine.deletions import deleted_of
 from offload.engine.repository import Repository
 from offload.errors import NotFoundError, OffloadError, UsageError
 from offload.format import layout
@@ -62,7 +63,9 @@ def check_expected(text: str | None) -> str | None:
     return text
 
 
-def missing(chain: Chain, catalog: Catalog, store: str, expected: str | None) -> list[str]:
+def missing(
+    chain: Chain, repository: Repository, catalog: Catalog, store: str, *, expected: str | None
+) -> list[str]:
     """What the store should show and does not, as sentences."""
     found = []
     if expected is not None and not chain.holds(expected):
@@ -70,7 +73,8 @@ def missing(chain: Chain, catalog: Catalog, store: str, expected: str | None) ->
             f"the chain of manifests lacks the head {expected}: the newest backups are hidden or "
             "were deleted"
         )
-    gone = sorted({b.id for b in catalog.backups(store=store)} - chain.backups)
+    unseen = {b.id for b in catalog.backups(store=store)} - chain.backups
+    gone = sorted(unseen - deleted_of(repository, unseen))
     return found + [
         f"backup {backup} is known to the catalog, and its manifest is missing" for backup in gone
     ]

@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from offload import compose
 from offload.catalog.store import Catalog
 from offload.configs.stores import KeepConfig
+from offload.engine.deletions import deleted_of, sweep_deletions
 from offload.engine.fences import sweep_fences
 from offload.engine.fold import FoldReport, fold, images_of, publish
 from offload.engine.liveset import LiveSet
@@ -186,7 +187,7 @@ class _Prune:
         roots = settle(self.repository, self.store, roots, pin.id, self.now)
         verdicts = self._judge(roots, rules, note=True)
         for number, gone in enumerate((v.backup for v in verdicts if not v.kept), 1):
-            finished.erase(self.ctx, op, gone, number)
+            finished.erase(self.ctx, op, self.repository, gone, number=number)
         for ident in roots.void:
             self.repository.store.delete(layout.manifest_name(ident))
         for name in void_folds(self.repository.store):
@@ -202,6 +203,7 @@ class _Prune:
             step("prune.tombstone.put")
         swept, waiting, last = self._sweep(op, pin)
         sweep_fences(self.repository.store, self.now)
+        sweep_deletions(self.repository.store, self.now)
         tombstones = {**sight.tombstones, **last.tombstones}
         outcome = _Outcome(pin.id, swept, waiting, tombstones, sight.packs)
         report = self._report(verdicts, plan, outcome)
@@ -231,7 +233,7 @@ class _Prune:
 
     def _judge(self, roots: Roots, rules: KeepRules, *, note: bool) -> list[Verdict]:
         """What the rules say; what is shown by a view stays all the same."""
-        self._miss_nothing(roots)
+        self._miss_nothing(roots, note=note)
         held = (
             legalholds.note(self.ctx, self.store, self.repository)
             if note
@@ -250,7 +252,7 @@ class _Prune:
             for v in verdicts
         ]
 
-    def _miss_nothing(self, roots: Roots) -> None:
+    def _miss_nothing(self, roots: Roots, *, note: bool) -> None:
         known = {b.id for b in self.ctx.catalog.backups(store=self.store)}
         going = {  # by another command of this host
             i.args["backup"]
@@ -258,6 +260,11 @@ class _Prune:
             if i.undo == "delete-backup"
         }
         lost = known - {b.id for b in roots.backups} - set(roots.void) - going
+        deleted = deleted_of(self.repository, lost)  # by other hosts
+        if note:
+            for backup in deleted:
+                self.ctx.catalog.delete_backup(backup)
+        lost -= deleted
         if lost:
             raise unsafe(
                 f"the store {self.store} lacks the manifests of {', '.join(sorted(lost))}, which "

@@ -288,7 +288,9 @@ def check(
 
             legalholds.note(ctx, name, repository)
             rebuilt = len(backups)
-        checker.problems += chain.missing(shown, ctx.catalog, name, expect_head)
+        checker.problems += chain.missing(
+            shown, repository, ctx.catalog, name, expected=expect_head
+        )
         return CheckReport(
             name=name,
             problems=tuple(checker.problems),

@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from offload.engine.deletions import deleted_of
 from offload.engine.manifests import read_folds, read_manifest
 from offload.engine.pins import HeldPin, PinKind, images_of
 from offload.engine.repository import Repository
@@ -257,6 +258,9 @@ class _Run:
         if chosen is None:
             for name in self.repository.store.list(layout.MANIFESTS):
                 names.setdefault(name, name.removeprefix(layout.MANIFESTS))
+            unseen = [b.id for b in expected if not self.is_there(b)]
+            for ident in deleted_of(self.repository, unseen):  # by other hosts
+                del names[layout.manifest_name(ident)]
         found = []
         folds = read_folds(self.repository)
         for ident in names.values():
