@@ -78,7 +78,10 @@ class S3Store:
         try:
             with self._translated(name):
                 if upload.size_bytes > self.multipart_above:
-                    return self._uploader.put(upload, self.part_bytes)
+                    stored = self._uploader.put(upload, self.part_bytes)
+                    if retain_until is not None:  # Ceph's gateway forgets the date of such one
+                        self.retain(next(self.versions(name)), retain_until)
+                    return stored
                 return self._put_whole(upload)
         except UnavailableError as error:
             if retain_until is not None and s3_errors.code_of(error.__cause__) == "InvalidRequest":

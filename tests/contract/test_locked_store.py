@@ -144,6 +144,16 @@ def test_a_lock_is_extended_and_never_shortened(store: LockedStore) -> None:
     assert store.locked_until(version) == before + timedelta(minutes=5)
 
 
+def test_object_that_is_uploaded_in_parts_is_locked_too(
+    store: LockedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.inner, "multipart_above", 5 << 20)
+    monkeypatch.setattr(store.inner, "part_bytes", 5 << 20)
+    store.put("index/abcdefghjk", [bytes(12 << 20)])
+    version = store.originals(["index/abcdefghjk"])["index/abcdefghjk"]
+    assert store.retained_until(version) == store.placed()["index/abcdefghjk"]
+
+
 def test_past_store_shows_what_was_and_changes_nothing(rgw: RunningRgw, store: LockedStore) -> None:
     store.put("packs/ab/abcdefghjk-000001", [b"old"])
     store.put("pins/x.1", [b"pin"])
