@@ -44,6 +44,11 @@ class Ground:
         """The disk store."""
         return self.folder / "store"
 
+    @property
+    def sealed(self) -> Path:
+        """The disk store that is encrypted."""
+        return self.folder / "sealed"
+
     def cli(self, *words: str) -> Sample:
         """Run `offload` and account for it."""
         return once([OFFLOAD, "--config", str(self.config), "--json", *words])
@@ -53,13 +58,15 @@ class Ground:
         return json.loads(self.cli(*words).stdout)
 
     def fresh_store(self) -> None:
-        """An empty store, and no TimeMark that could be a parent."""
+        """Empty stores, and no TimeMark that could be a parent."""
         self.cli("unmount", "--all")
         if self.store.exists():
-            shutil.rmtree(self.store)
+            for store in (self.store, self.sealed):
+                shutil.rmtree(store)
             for mark in self.ask("timemark", "list"):
                 self.cli("timemark", "delete", mark["id"], "--yes")
         self.cli("store", "init", "main")
+        self.cli("store", "init", "sealed", "--no-recovery-key")
 
 
 def choose_folder(explicit: str | None) -> Path:
@@ -103,12 +110,20 @@ provider = "reflink"
 path = "{pool}/sparse.raw"
 [groups.mixed]
 volumes = ["mixed"]
+store = "main"
 [groups.sparse]
 volumes = ["sparse"]
+store = "main"
 [stores.main]
 kind = "disk"
 path = "{folder}/store"
 min_free = "64MiB"
+[stores.sealed]
+kind = "disk"
+path = "{folder}/sealed"
+min_free = "64MiB"
+[stores.sealed.key]
+file = "{folder}/sealed.key"
 [iscsi]
 port = {port}
 """

@@ -75,7 +75,7 @@ def _contenders(ground: Ground) -> dict[str, Callable[[], Sample]]:
     once(["borg", "init", "-e", "none", repo], borg_env)
     once(["borg", "create", "-C", "zstd,1", f"{repo}::a", str(ground.image)], borg_env)
     return {
-        "offload": lambda: ground.cli("verify", "--all"),
+        "offload": lambda: ground.cli("verify", "--all", "--store", "main"),
         "restic": lambda: once(["restic", "check", "--read-data"], restic_env),
         "borg -e none": lambda: once(["borg", "check", "--verify-data", repo], borg_env),
     }
