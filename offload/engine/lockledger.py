@@ -27,6 +27,8 @@ CREATE TABLE IF NOT EXISTS root(id BLOB PRIMARY KEY, packs BLOB NOT NULL, made R
 _TABLES = ("lock", "pack", "page", "root")
 _KEPT_S = 180 * 86400.0  # of pages and roots; later they are walked again
 
+_PAST_S = 30 * 86400.0
+
 Numbers = frozenset[int]
 
 
@@ -78,6 +80,8 @@ class LockLedger:
                 "ON CONFLICT(name) DO UPDATE SET until = max(until, excluded.until)",
                 ((name, until.timestamp()) for name, until in locks.items()),
             )
+            past = datetime.now(UTC).timestamp() - _PAST_S  # what has ended says nothing
+            db.execute("DELETE FROM lock WHERE until < ?", (past,))
             db.execute("COMMIT")
 
     def locks(self, names: Iterable[str]) -> dict[str, datetime]:
@@ -89,9 +93,15 @@ class LockLedger:
 
     def forget(self) -> None:
         """Drop all of it: it was found to be wrong."""
+        self.forget_trees()
         with self._use() as db:
-            for table in _TABLES:
-                db.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
+            db.execute("DELETE FROM lock")
+
+    def forget_trees(self) -> None:
+        """Drop what trees need: chunks have moved."""
+        with self._use() as db:
+            db.execute("DELETE FROM page")
+            db.execute("DELETE FROM root")
 
     # -- packs of trees --------------------------------------------------------------------------
 

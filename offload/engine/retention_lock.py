@@ -102,11 +102,14 @@ class _Lock:
 
     def lock(self, images: Sequence[Built], own: set[str]) -> datetime:
         packs = self._at_most(images, own)
-        if packs is None or not self._all_locked(packs):
+        if (
+            packs is None
+            or self._early(packs | set(self.repository.index.objects_of(packs)))
+            or self._misled(packs)
+        ):
             packs = self._exactly(images)
-            self._extend(self._objects(packs))
-        else:
-            self._extend(self._small())  # a key may be new
+            self._misled(packs)
+        self._extend(self._objects(packs))
         numbers = self.ledger.numbers(packs)
         self.ledger.set_roots({image.root: numbers for image in images})
         return self.until
@@ -132,7 +135,7 @@ class _Lock:
         packs = self.ledger.names(numbers)
         if packs <= set(self.repository.index.packs()):
             return packs
-        self.ledger.forget()  # chunks have moved to other packs since
+        self.ledger.forget_trees()  # chunks have moved to other packs since
         return self._exactly(images)
 
     def _small(self) -> set[str]:
@@ -147,18 +150,17 @@ class _Lock:
         known = self.ledger.locks(names)
         return {n for n in names if n not in known or known[n] < self.until}
 
-    def _all_locked(self, packs: set[str]) -> bool:
-        """By what is known here; of a few the store is asked."""
-        names = packs | set(self.repository.index.objects_of(packs))
-        if self._early(names):
-            return False
-        sample = random.sample(sorted(names), min(_LOOKED_AT, len(names)))
+    def _misled(self, packs: set[str]) -> bool:
+        """Ask the store about a few packs that are locked as far as is known here. If one is not,
+        nothing is known any more."""
+        good = sorted(packs - self._early(packs))
+        sample = random.sample(good, min(_LOOKED_AT, len(good)))
         locked = ask(self.store, self.store.originals(sample).values())
         if all(name in locked and locked[name] >= self.until for name in sample):
-            return True
+            return False
         log.warning("objects are not locked as they were; all of them are looked at")
         self.ledger.forget()
-        return False
+        return True
 
     def _extend(self, names: set[str]) -> None:
         early = self._early(names)
