@@ -52,14 +52,22 @@ def _read_kind(repository: Repository, ident: bytes, kind: Kind, places: Places 
 
 
 class StoredImage:
-    """One volume of a backup as an Image (see `offload.image`). Safe from any thread."""
+    """One volume of a backup as an Image (see `offload.image`). Safe from any thread.
+
+    `tree`: one under the same root that is there already, with the pages that it has read.
+    """
 
     def __init__(
-        self, repository: Repository, root: bytes, size_bytes: int, sector_size: int
+        self,
+        repository: Repository,
+        root: bytes,
+        size_bytes: int,
+        sector_size: int,
+        tree: TreeReader | None = None,
     ) -> None:
         self.repository = repository
         self.shape: Shape = repository.shape(size_bytes)
-        self.tree = TreeReader(repository, root, self.shape)
+        self.tree = tree or TreeReader(repository, root, self.shape)
         self._size = size_bytes
         self._sector = sector_size
         self._mutex = threading.Lock()

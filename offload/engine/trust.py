@@ -45,7 +45,7 @@ def sample_unchanged(
         return Verdict(read_bytes=0, alarm="")
     pick = chooser or random.SystemRandom()
     budget = min(_MOST, max(_LEAST, int(total(changed) * _SHARE)))
-    stored = StoredImage(repository, parent.root, size, image.block_size)
+    stored = StoredImage(repository, parent.root, size, image.block_size, parent)
     read = 0
     for turn in range(max(2, budget // _PIECE)):
         page = _random_page(parent, pick) if turn % 2 else None
