@@ -18,6 +18,7 @@ from bench import (
     quiesce,
     reading,
     restores,
+    scale,
     stages,
     targets,
     verifying,
@@ -26,8 +27,8 @@ from bench.ground import Ground, choose_folder, ground
 from bench.report import Table, write_page
 
 PARTS = (
-    "stages", "full", "restore", "verify", "reading", "incremental", "nights", "start", "many",
-    "targets", "luns", "first", "instant", "freeze", "fleet", "latency",
+    "stages", "full", "restore", "verify", "reading", "incremental", "nights", "scale", "start",
+    "many", "targets", "luns", "first", "instant", "freeze", "fleet", "latency",
 )  # fmt: skip
 
 
@@ -83,6 +84,9 @@ def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> lis
             show(backups.incremental(place))
         if "nights" in wanted:
             for table in nights.measure(place.folder):
+                show(table)
+        if "scale" in wanted:
+            for table in scale.measure(place, rounds):
                 show(table)
         _measure_views(place, wanted, rounds, show)
         _measure_guests(place, wanted, chosen, show)
