@@ -154,7 +154,7 @@ def _hash(content: Buffer) -> bytes:
 class CachedStore:
     """A store whose packs are read through a cache, record by record. All else goes to the store.
 
-    It hides what else the store can (locks, versions): it is for readers.
+    It hides what else the store can (locks, versions): it is for readers. See `lockedcache`, too.
     """
 
     def __init__(self, store: Store, cache: BlockCache) -> None:
@@ -167,11 +167,17 @@ class CachedStore:
         """From the cache, else from the store, and kept."""
         if not name.startswith(layout.PACKS):
             return self.store.get_range(name, offset, length)
-        found = self.cache.get(name, offset, length)
+        known = self.cached_as(name)
+        found = self.cache.get(known, offset, length)
         if found is None:
             found = self.store.get_range(name, offset, length)
-            self.cache.put(name, offset, found)
+            self.cache.put(known, offset, found)
         return found
+
+    def cached_as(self, name: str) -> str:
+        """The name of a pack in the cache; of another time it may have had other bytes."""
+        moment = self.spec.options.get("as_of")
+        return f"{name}@{moment}" if moment else name
 
     def put(
         self, name: str, parts: Sequence[Buffer], *, retain_until: datetime | None = None

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from offload import compose
-from offload.engine.blockcache import BlockCache, CachedStore
+from offload.engine.blockcache import BlockCache
+from offload.engine.lockedcache import cached
 from offload.engine.pins import pinned_manifest
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
@@ -32,7 +33,7 @@ class BackupImage(StoredImage):
             if isinstance(store, Exclusive) and store.exclusion_is_sound():
                 stack.enter_context(store.lock(exclusive=False, wait_s=10))
             cache = _cache_of(source, store)
-            seen = store if cache is None else CachedStore(store, cache)
+            seen = store if cache is None else cached(store, cache)
             repository = Repository.open(seen, source.cache_dir)
             stack.callback(repository.close)
             manifest, _ = stack.enter_context(pinned_manifest(repository, source.backup))

@@ -24,6 +24,7 @@ from offload.engine.tree import walk_pages
 from offload.errors import PolicyError, UnavailableError
 from offload.format import layout
 from offload.journal import CRASH_ENV
+from offload.model import BackupSource
 from offload.objectlock import LockRules
 from offload.retention import KeepRules
 from offload.services import backups
@@ -34,7 +35,7 @@ from offload.services.store_init import InitOptions, init
 from offload.stores.s3_lock import LockedStore
 from offload.testing.backup_site import PROVIDER
 from offload.testing.fault_proxy import fault_proxy
-from offload.testing.locked_site import SIZES, LockedSite, Place, locked_site
+from offload.testing.locked_site import CHUNK, SIZES, Attacker, LockedSite, Place, locked_site
 from offload.testing.rgw import RunningRgw, S3User
 
 LOCK = """
@@ -335,6 +336,31 @@ def _attack_by_adding(site: LockedSite, user: S3User, newest: str) -> None:
     for key in {v["Key"] for v in client.list_object_versions(Bucket=bucket)["Versions"]}:
         client.put_object(Bucket=bucket, Key=key, Body=b"all yours are belong to us")
     site.check_all()
+
+
+def test_view_shows_what_was_stored_though_packs_are_replaced_while_it_reads(
+    site: LockedSite,
+) -> None:
+    """Through its cache on disk, too."""
+    done = site.back_up().backup
+    attacker = Attacker(site.place)
+    source = BackupSource(
+        store=site.ctx.instance.config.store("main").spec().text(),
+        backup=done.id,
+        volume="db",
+        size_bytes=SIZES["db"],
+        cache_dir=site.ctx.instance.cache_dir,
+        cache_bytes=64 << 20,
+    )
+    wanted = site.taken[done.id]["db"]
+    for _ in range(2):  # the second time with what the first has cached
+        image = compose.open_image(source)
+        assert image.pread(0, 8 * CHUNK) == wanted[: 8 * CHUNK]
+        for key in attacker.names():
+            if "/packs/" in key:
+                attacker.put(key, os.urandom(40_000))
+        assert image.pread(0, SIZES["db"]) == wanted
+        image.close()
 
 
 SCRIPT = f"""
