@@ -26,7 +26,8 @@ _TIB = 1 << 40
 _PIECES, _PIECE = 64, 8 * MIB  # of the volume of 1 TiB: what is data in it
 _MANY_SIZE, _MANY_DATA = 64 * GIB, 64 * MIB
 _BLOCK = 4096
-_BLOCKS = 16  # changed each night, at random places
+_BLOCKS = 16  # changed each night
+_PLACES = 256  # where: few, so that the volume's own extents in the pool stay few
 _KEPT = 500  # of the thousand
 
 _CONFIG = """
@@ -163,7 +164,7 @@ def _take(mine: Ground, count: int) -> list[float]:
         for _ in range(count):
             with mine.sparse.open("r+b") as out:
                 for _ in range(_BLOCKS):
-                    out.seek(pick.randrange(_MANY_DATA // _BLOCK) * _BLOCK)
+                    out.seek(pick.randrange(_PLACES) * (_MANY_DATA // _PLACES))
                     out.write(pick.randbytes(_BLOCK))
             taken.append(backup(ctx, "sparse", "near").seconds)
     return taken

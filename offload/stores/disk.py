@@ -134,36 +134,45 @@ class DiskStore:
     def list(self, prefix: str) -> Iterator[str]:
         """Names below a folder, in name order. A folder that cannot be read is an error: prune
         would take the objects in it for gone."""
-        return (info.name for info in self.infos(prefix))
+        return (name for name, _ in self._found(prefix))
 
     def infos(self, prefix: str) -> Iterator[ObjectInfo]:
         """The same, with size and time of change; an object that goes meanwhile is left out."""
+        for name, entry in self._found(prefix):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise self._explain(error, name) from error
+            yield ObjectInfo(
+                name=name,
+                size_bytes=status.st_size,
+                modified=datetime.fromtimestamp(status.st_mtime_ns / 1e9, UTC),
+            )
+
+    def _found(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         if not prefix.endswith("/"):
             raise ValueError(f"'{prefix}' is no object name with its slash")
         try:
-            yield from self._walk(self._path(prefix[:-1]), prefix)
+            yield from self._walk(str(self._path(prefix[:-1])), prefix)
         except OSError as error:
             raise self._explain(error, prefix) from error
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
+    def _walk(self, folder: str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Plain strings: a store has thousands of packs, and each backup lists them."""
         try:
             with os.scandir(folder) as found:
-                names = sorted(e.name + ("/" if e.is_dir() else "") for e in found)
+                entries = {e.name + ("/" if e.is_dir() else ""): e for e in found}
         except FileNotFoundError:
             if not self.root.is_dir():
                 raise
             return
-        for name in names:
+        for name in sorted(entries):
             if name.endswith("/"):
-                yield from self._walk(folder / name, prefix + name)
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                status = (folder / name).stat()
-                yield ObjectInfo(
-                    name=prefix + name,
-                    size_bytes=status.st_size,
-                    modified=datetime.fromtimestamp(status.st_mtime_ns / 1e9, UTC),
-                )
+                yield from self._walk(entries[name].path, prefix + name)
+            else:
+                yield prefix + name, entries[name]
 
     def now(self) -> datetime:
         """The clock of the file system: that of the server, where it is a network's."""
