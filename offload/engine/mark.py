@@ -23,13 +23,15 @@ _SAFE = "prune stopped, nothing more was deleted"
 class Roots:
     """All that a prune must keep, but for what it forgets itself.
 
-    `void`: backups that have a manifest, but were given up while they were written.
+    `void`: backups that have a manifest, but were given up while they were written. `buried`: whose
+    pin is still there though they are void.
     """
 
     backups: tuple[Backup, ...]  # with the roots that are read now
     pins: tuple[Pin, ...]
     folds: Folds
     void: tuple[str, ...]
+    buried: tuple[str, ...] = ()
 
     @property
     def writers(self) -> frozenset[str]:
@@ -68,6 +70,7 @@ def find_roots(repository: Repository, store: str, known: Manifests | None = Non
         pins=tuple(pin for pin in pins.values() if pin.id not in voids),
         folds=folds,
         void=tuple(void),
+        buried=tuple(sorted({pin.id for pin in pins.values() if pin.id in voids})),
     )
 
 

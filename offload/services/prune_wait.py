@@ -88,6 +88,8 @@ def give_way(repository: Repository, own: str, now: datetime) -> None:
 
 def settle(repository: Repository, store: str, roots: Roots, own: str, now: datetime) -> Roots:
     """Give up everybody whose pin has expired: what they finished counts, nothing else will."""
+    for ident in roots.buried:  # by a prune that ended before their pin went
+        drop_pin(repository.store, ident)
     late = {p.id: p for p in roots.pins if p.id != own and p.expired(now)}
     for pin in late.values():
         void = give_up(repository, pin.id, own)

@@ -279,6 +279,16 @@ def test_fence_of_one_prune_outlives_that_of_another_which_saw_the_manifest(site
         assert store.exists(layout.void_name(writer))
 
 
+def test_pin_whose_prune_ended_between_the_void_and_it_goes_with_the_next(site: Site) -> None:
+    with stores.opened(site.ctx, "main", exclusive=False) as repository:
+        pin = HeldPin(repository, PinKind.READER)
+        pin.stop()
+        assert give_up(repository, pin.id, "aprune0001")
+    assert site.objects("pins") != []
+    site.prune()
+    assert site.objects("pins") == []
+
+
 def test_pins_of_this_machines_dead_processes_count_as_expired(site: Site) -> None:
     child = site.stalled("backup", "backup.images.written")
     with stores.opened(site.ctx, "main", exclusive=False) as repository:
