@@ -15,11 +15,11 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload.engine.lockledger import LockLedger, Numbers
 from offload.engine.repository import Repository
@@ -28,6 +28,9 @@ from offload.format import layout
 from offload.format.tree import Shape, decode_inner_page, decode_leaf_page
 from offload.objectlock import Locking
 from offload.store import Version
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +87,15 @@ def locked_packs(repository: Repository, packs: Iterable[str]) -> dict[str, date
 def ask(store: Locking, versions: Iterable[Version]) -> dict[str, datetime]:
     """Until when versions are locked, of those that are, by their names."""
     wanted = list(versions)
-    with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="locks") as crew:
+    with _crew("locks") as crew:
         dates = list(crew.map(store.locked_until, wanted))
     return {v.name: until for v, until in zip(wanted, dates, strict=True) if until is not None}
+
+
+def _crew(name: str) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # not for servers of stores without locks
+
+    return ThreadPoolExecutor(_REQUESTS, thread_name_prefix=name)
 
 
 class _Lock:
@@ -177,7 +186,7 @@ class _Lock:
         for version in found.values():
             if not version.latest:
                 log.warning("%s was replaced or hidden; its original is locked", version.name)
-        with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="locks") as crew:
+        with _crew("locks") as crew:
             list(crew.map(self._one, found.values()))
 
     def _one(self, version: Version) -> None:
@@ -203,7 +212,7 @@ class _Walk:
         """Of pages of one level, with all below them."""
         known = {ident: self.ledger.page(ident) for _, ident in pages}
         fresh = [(page, ident) for page, ident in pages if known[ident] is None]
-        with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="pages") as crew:
+        with _crew("pages") as crew:
             raws = list(crew.map(self.repository.read_page, [ident for _, ident in fresh]))
         made: dict[bytes, Numbers] = {}
         for (page, ident), raw in zip(fresh, raws, strict=True):

@@ -8,12 +8,14 @@ object under the name of another does not open.
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from offload.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 SALT_BYTES = 32
 TAG_BYTES = 16
@@ -25,7 +27,14 @@ Bytes = bytes | bytearray | memoryview
 
 def object_cipher(key: bytes, salt: bytes, name: str) -> AESGCM:
     """The cipher of the object `name`; `key` is one of its version's."""
-    return AESGCM(blake3(salt + name.encode(), key=key).digest())
+    return new_cipher(blake3(salt + name.encode(), key=key).digest())
+
+
+def new_cipher(key: bytes) -> AESGCM:
+    """AES-256-GCM. OpenSSL is loaded here: servers of plain stores do without it."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    return AESGCM(key)
 
 
 def record_nonce(offset: int) -> bytes:
@@ -35,6 +44,8 @@ def record_nonce(offset: int) -> bytes:
 
 def open_box(cipher: AESGCM, nonce: bytes, box: Bytes, aad: bytes) -> bytes | None:
     """What was encrypted, or None if a single bit of it, of `aad` or of the key is another."""
+    from cryptography.exceptions import InvalidTag
+
     try:
         return cipher.decrypt(nonce, box, aad)
     except InvalidTag:

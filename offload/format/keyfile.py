@@ -16,12 +16,10 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from argon2.low_level import Type, hash_secret_raw
 from blake3 import blake3
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from offload.errors import IntegrityError, UnavailableError
-from offload.format.cipher import NONCE_BYTES, open_box
+from offload.format.cipher import NONCE_BYTES, new_cipher, open_box
 from offload.format.keys import KEY_BYTES, KeyRing, RingVersion, derive
 from offload.format.layout import key_name
 from offload.format.sealed import canonical, seal, unseal
@@ -80,7 +78,7 @@ def wrap(ring: KeyRing, secret: Secret, *, ident: str, label: str, store_id: str
     if secret.kind is WrapperKind.PASSPHRASE:
         about["kdf"] = {**_KDF, "salt": secrets.token_bytes(16).hex()}
     nonce = secrets.token_bytes(NONCE_BYTES)
-    cipher = AESGCM(_wrapping_key(secret, about["kdf"]))
+    cipher = new_cipher(_wrapping_key(secret, about["kdf"]))
     box = cipher.encrypt(nonce, canonical(_ring_value(ring)), _bound(about, store_id))
     return seal({**about, "wrapped": (nonce + box).hex()})
 
@@ -118,7 +116,7 @@ def unwrap(wrapper: Wrapper, secret: Secret, store_id: str) -> KeyRing | None:
     nonce, box = wrapper.wrapped[:NONCE_BYTES], wrapper.wrapped[NONCE_BYTES:]
     if len(nonce) < NONCE_BYTES:
         return None
-    raw = open_box(AESGCM(key), nonce, box, _bound(wrapper.about, store_id))
+    raw = open_box(new_cipher(key), nonce, box, _bound(wrapper.about, store_id))
     return None if raw is None else _ring(json.loads(raw))
 
 
@@ -138,6 +136,8 @@ def _wrapping_key(secret: Secret, kdf: Mapping[str, Any] | None) -> bytes:
         raise IntegrityError(
             "a wrapper asks argon2 for more than is sane: it was tampered with", code="bad-key"
         )
+    from argon2.low_level import Type, hash_secret_raw  # not for servers of plain stores
+
     return hash_secret_raw(
         secret.value, salt, time_cost=costs["time_cost"], memory_cost=costs["memory_kib"],
         parallelism=costs["lanes"], hash_len=KEY_BYTES, type=Type.ID,

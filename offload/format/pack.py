@@ -13,9 +13,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from offload.errors import IntegrityError
 from offload.format.cipher import (
@@ -27,6 +27,9 @@ from offload.format.cipher import (
     record_nonce,
 )
 from offload.format.keys import HASH_BYTES, PLAIN, Keys
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 HEADER = struct.Struct("<8sII")  # magic version key-version; 32 bytes of salt follow if that is > 0
 RECORD = struct.Struct("<4sBBHII32sI4x")  # magic kind encoding key-version raw stored id crc
