@@ -243,6 +243,18 @@ class ChunkIndex:
                         found[row[0]] = _location(row)
         return found
 
+    def known(self, ids: Iterable[bytes]) -> set[bytes]:
+        """Those of the ids that have a place at all."""
+        wanted = list(ids)
+        found: set[bytes] = set()
+        with self._use():
+            for at in range(0, len(wanted), _SQL_MANY):
+                part = wanted[at : at + _SQL_MANY]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT id FROM chunk WHERE id IN ({marks})"  # noqa: S608 - marks only
+                found.update(ident for (ident,) in self._db.execute(query, part))
+        return found
+
     def rely_on(self, packs: Set[str]) -> None:
         """A writer's rule: chunks count (`has`) in these packs only, and in its own."""
         self._reliable, self.relied = packs, set()

@@ -13,6 +13,8 @@ from offload.extents import Ranges, normalize
 from offload.format.tree import Leaf
 from offload.model import ImageRecord
 
+_KNOWN = 100_000  # ids remembered: some 10 MB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
@@ -73,6 +75,7 @@ class DamageMap:
         self.repository = repository
         self.bad = bad
         self._whole: dict[tuple[int, int], set[bytes]] = defaultdict(set)
+        self._known: set[bytes] = set()  # pieces that the index has, of the pages read last
 
     def image(self, image: ImageRecord) -> Iterator[Hit]:
         """All hits in one image, in its order."""
@@ -89,7 +92,7 @@ class DamageMap:
             if leaf is not None
             for number, ident in enumerate((leaf.base, *leaf.deltas))
         ]
-        known = self.repository.index.find_many(list({ident for _, _, ident in pieces}))
+        known = self._look_up({ident for _, _, ident in pieces})
         found = []
         for slot, number, ident in pieces:
             missing = ident not in known
@@ -100,6 +103,13 @@ class DamageMap:
                         missing=missing)
                 )  # fmt: skip
         return found
+
+    def _look_up(self, ids: set[bytes]) -> set[bytes]:
+        """Those that the index has. Backups of one image share most of a page's pieces."""
+        if len(self._known) > _KNOWN:
+            self._known.clear()
+        self._known |= self.repository.index.known(ids - self._known)
+        return ids & self._known
 
 
 class _Walk:
