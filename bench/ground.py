@@ -66,7 +66,9 @@ class Ground:
             for mark in self.ask("timemark", "list"):
                 self.cli("timemark", "delete", mark["id"], "--yes")
         self.cli("store", "init", "main")
+        self.cli("store", "check", "main", "--rebuild-catalog")  # forget what was in the old one
         self.cli("store", "init", "sealed", "--no-recovery-key")
+        self.cli("store", "check", "sealed", "--rebuild-catalog")
 
 
 def choose_folder(explicit: str | None) -> Path:
