@@ -3,6 +3,10 @@
 The store says what is held; the catalog's copy is for lists. A hold is placed, then the manifest is
 looked for; a deletion takes the manifest away, then looks for a hold, and puts the manifest back
 if there is one: so that of the two, whichever comes first, one gives way and says so.
+
+A hold that is there may be another's unfinished one; whoever finds it tells his user that the
+backup is held. So no recovery takes a hold from a backup that there is: a placing or a release that
+was killed leaves what it left, and is done again by whoever wants it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from offload import compose
 from offload.catalog.store import Catalog
@@ -111,9 +115,10 @@ def release(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
                 code="not-held",
                 hint="see: offload backup list",
             )
-        args = _args(ctx, backup)
-        op.intend(f"release-{number}", "release-hold", args)
-        undo_hold(ctx.instance, ctx.catalog, args)
+        op.intend(f"release-{number}", "release-hold", _args(ctx, backup))
+        repository.store.delete(layout.hold_name(backup.id))
+        step("hold.released")
+        ctx.catalog.drop_hold(backup.id)
         op.done(f"release-{number}")
         ended.append(backup)
 
@@ -140,15 +145,18 @@ def _each(
 
 
 def _args(ctx: Context, backup: Backup) -> dict[str, str]:
-    return {"store": stores.spec_of(ctx, backup.store).text(), "backup": backup.id}
+    spec = stores.spec_of(ctx, backup.store).text()
+    return {"store": spec, "name": backup.store, "backup": backup.id}
 
 
-def undo_hold(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
-    """Take a hold away: one that was not placed to the end, or one whose release had begun."""
-    store = compose.open_store(args["store"])
-    try:
-        store.delete(layout.hold_name(args["backup"]))
-    finally:
-        store.close()
-    step("hold.released")
-    catalog.drop_hold(args["backup"])
+def undo_hold(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
+    """A placing or a release that did not come to its end: what the store shows counts, and the
+    catalog learns of it. A hold on a backup that is not there goes."""
+    store, ident = compose.open_store(args["store"]), args["backup"]
+    with closing(Repository.open(store, instance.cache_dir)) as repository:
+        if not store.exists(layout.manifest_name(ident)):
+            store.delete(layout.hold_name(ident))
+        if not store.exists(layout.hold_name(ident)):
+            catalog.drop_hold(ident)
+        elif "name" in args:
+            catalog.set_holds(args["name"], list(held(repository).values()))

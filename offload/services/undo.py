@@ -41,7 +41,7 @@ ACTIONS = {
     "drop-pin": "offload.services.repair:undo_pin",  # store, pin
     "abort-packs": "offload.services.batches:undo_packs",  # store, writer
     "delete-backup": "offload.services.backups:undo_delete",  # store, backup, timemark
-    "release-hold": "offload.services.legalholds:undo_hold",  # store, backup
+    "release-hold": "offload.services.legalholds:undo_hold",  # store, name, backup
     "abort-key": "offload.services.keymaker:undo_key",  # store, commit, object, file, print
     "finish-rotation": "offload.services.store_keys:undo_rotation",  # store, commit, old (JSON)
     "abort-prune": "offload.services.prune:undo_prune",  # store, backup

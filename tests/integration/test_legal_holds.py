@@ -161,10 +161,10 @@ def test_hold_that_cannot_be_read_holds(ctx: Context) -> None:
     ("verb", "at", "stays"),
     [
         ("hold", "backup-hold.hold-1.intended", False),
-        ("hold", "hold.placed", False),
+        ("hold", "hold.placed", True),
         ("hold", "backup-hold.commit.after", True),
         ("release", "backup-release.begin", True),
-        ("release", "backup-release.release-1.intended", False),
+        ("release", "backup-release.release-1.intended", True),
         ("release", "hold.released", False),
     ],
 )
@@ -179,6 +179,17 @@ def test_hold_and_release_killed_leave_what_the_page_says(
     names = [layout.hold_name(ident)] if stays else []
     assert list(_objects(ctx).list(layout.HOLDS)) == names
     assert set(ctx.catalog.holds()) == ({ident} if stays else set())
+
+
+def test_hold_found_by_another_command_outlives_the_recovery_of_who_placed_it(
+    ctx: Context, tmp_path: Path
+) -> None:
+    (ident,) = _backups(ctx, 1)
+    _killed(ctx, tmp_path, "hold", ident, "hold.placed")
+    legalholds.hold(ctx, [ident])  # says that the backup is held
+    ctx.journal.recover()
+    with pytest.raises(BusyError, match="legal hold"):
+        backups.delete(ctx, [ident])
 
 
 def test_catalog_made_anew_knows_holds_and_tags(ctx: Context) -> None:
