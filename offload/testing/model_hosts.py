@@ -3,7 +3,7 @@ what each can be told to do with the store that they share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,15 +98,15 @@ class Host:
         with open_context(self.config) as ctx:
             yield ctx
 
-    def change(self, others: bytes) -> bytes:
-        """Write to the volume: nothing, a little, a lot, content that was elsewhere before, on this
-        host or another. Returns what it holds now."""
+    def change(self, known: Sequence[bytes]) -> bytes:
+        """Write to the volume: nothing, a little, a lot; much of it content that is `known`, which
+        some backup of some host may have had before. Returns what it holds now."""
         data = bytearray(self.volume.read_bytes())
         choose = self.chooser
-        for _ in range(choose.choice((0, 1, 1, 3, 8))):
+        for _ in range(choose.choice((0, 1, 2, 4, 12))):
             slot = choose.randrange(SLOTS)
             at, end = slot * CHUNK, (slot + 1) * CHUNK
-            match choose.randrange(5):
+            match choose.randrange(8):
                 case 0:
                     data[at:end] = choose.randbytes(CHUNK)
                 case 1:
@@ -114,12 +114,8 @@ class Host:
                     data[small : small + 50] = choose.randbytes(50)
                 case 2:
                     data[at:end] = bytes(CHUNK)
-                case 3:
-                    start = choose.randrange(SLOTS) * CHUNK
-                    data[at:end] = others[start : start + CHUNK]
-                case 4:
-                    start = choose.randrange(SLOTS) * CHUNK
-                    data[at:end] = data[start : start + CHUNK]
+                case _:
+                    data[at:end] = choose.choice(known)
         self.volume.write_bytes(data)
         return bytes(data)
 

@@ -41,6 +41,7 @@ class Game:
         """So many operations, then everything comes to rest."""
         world = self.world
         deep = _DEEP
+        world.fill()
         while world.steps < steps:
             self._begin_something()
             actor = self._next()
@@ -60,7 +61,7 @@ class Game:
         if len(world.actors) >= _MOST or (world.actors and not choose.chance(25)):
             return
         host = choose.choice(world.hosts)
-        if choose.chance(5):
+        if choose.chance(4):
             world.read(host, slowly=choose.chance(2))
         elif not host.busy:
             host.busy = self._command(host) is not None
@@ -70,7 +71,7 @@ class Game:
         what = world.chooser.choices(
             ("backup", "prune", "delete", "hold", "copy", "recover", "catch-up", "prune-away",
              "verify"),
-            (40, 25, 6, 4, 5, 10, 5, 3, 2),
+            (35, 35, 6, 4, 4, 10, 6, 3, 2),
         )[0]  # fmt: skip
         match what:
             case "backup":
@@ -104,7 +105,7 @@ class Game:
         world, choose = self.world, self.world.chooser
         awake = [a for a in world.actors if a.stalled_until <= world.steps]
         if len(awake) < len(world.actors):
-            if choose.chance(12):
+            if choose.chance(world.temper.tick):
                 world.tick(choose.choice((5, 300, 700)))
         elif choose.chance(100):
             world.tick(choose.choice((1, 60, 400)))

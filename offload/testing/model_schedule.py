@@ -74,6 +74,12 @@ class Actor:
             self.ended = True
             self._back.release()
 
+    def passes(self) -> Callable[[], None]:
+        """An operation at which it need not stop, unless it is dead."""
+        if self.dead:
+            raise Killed
+        return _nothing
+
     def gate(self, verb: str, name: str) -> Callable[[], None]:
         """Stand before an operation until it is this one's turn."""
         if self.dead:

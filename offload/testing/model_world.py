@@ -65,6 +65,7 @@ class Temper:
     lose: float
     stall: float
     grace_s: float
+    tick: float  # while somebody stands still, the clock moves by minutes
     stick: float  # how likely the same actor goes on
 
 
@@ -87,13 +88,15 @@ class World:
         self.raw = False  # whether the world itself looks, past all gates
         choose = self.chooser
         self.temper = Temper(
-            kill=choose.choice((150, 400, 1500, 1e9)),
-            lose=choose.choice((200, 1000, 1e9)),
-            stall=choose.choice((60, 150, 600)),
+            kill=choose.choice((400, 1500, 5000, 1e9)),
+            lose=choose.choice((500, 3000, 1e9)),
+            stall=choose.choice((100, 300, 1000)),
             grace_s=choose.choice((0, 0, 3600)),
+            tick=choose.choice((12, 100, 1000)),
             stick=choose.choice((0.3, 0.8, 0.95)),
         )
         self._install()
+        self.known = [choose.randbytes(CHUNK) for _ in range(choose.choice((20, 60)))]
         self.urls = {name: f"/model-{seed}/{name}" for name in STORES}
         self.places = {name: self._place(url) for name, url in self.urls.items()}
         self.hosts += [self._host(n) for n in range(choose.choice((2, 3, 3)))]
@@ -142,6 +145,8 @@ class World:
         actor = current()
         if self.raw or actor is None:
             return _nothing
+        if verb in ("get", "size") and name.startswith(layout.PACKS) and not self.chooser.chance(4):
+            return actor.passes()
         return actor.gate(verb, name)
 
     def _torn(self, before: Objects, after: Objects) -> Objects:
@@ -323,8 +328,7 @@ class World:
 
     def back_up(self, host: Host) -> Actor:
         """A backup of a volume that was written to."""
-        others = self.chooser.choice(self.hosts).volume.read_bytes()
-        data = host.change(others)
+        data = host.change(self.known)
 
         def job(actor: Actor) -> None:
             self.bytes_of[actor.name] = data
@@ -332,6 +336,12 @@ class World:
             self.records[ident].reported = True
 
         return self.spawn(host, "backup", job)
+
+    def fill(self) -> None:
+        """Some history, before anything may go wrong."""
+        for host in self.hosts * 3:
+            with self.looking():
+                self.end(self.back_up(host))
 
     def prune(self, host: Host, store: str) -> Actor:
         """A prune with some rule."""
@@ -385,7 +395,8 @@ class World:
         there = [r for r in self.records.values() if r.reported]
         if not there:
             return None
-        record = self.chooser.choice(there)
+        staying = [r for r in there if not r.going] or there
+        record = staying[0] if self.chooser.chance(2) else self.chooser.choice(there)
 
         def job(actor: Actor) -> None:
             repository = self.open(record.store, actor.name)
@@ -400,15 +411,16 @@ class World:
     def _read(
         self, actor: Actor, repository: Repository, image: Any, record: Record, *, slowly: bool
     ) -> None:
-        stored = StoredImage(repository, bytes.fromhex(image.root), image.size_bytes, 512)
+        root = bytes.fromhex(image.root)
         spans = [(0, SIZE)]
         if slowly:
-            starts = [self.chooser.randrange(SIZE - 1) for _ in range(12)]
-            spans = [(at, self.chooser.randrange(1, SIZE - at)) for at in starts]
+            starts = [self.chooser.randrange(SIZE - 1) for _ in range(8)]
+            spans = [(at, min(CHUNK, SIZE - at)) for at in starts]
         for at, length in spans:
             if slowly:
-                for _ in range(self.chooser.randrange(12)):
+                for _ in range(self.chooser.choice((0, 20, 150))):
                     actor.gate("idle", "")()
+            stored = StoredImage(repository, root, image.size_bytes, 512)  # nothing cached
             if stored.pread(at, length) != record.data[at : at + length]:
                 raise ViolationError(f"{actor.name} has read something else from {record.id}")
 
@@ -440,14 +452,21 @@ class World:
         fate = Fate.GO
         if choose.chance(temper.kill):
             fate = choose.choice((Fate.KILL_BEFORE, Fate.KILL_AFTER))
-        elif choose.chance(temper.lose):
+        elif actor.at[0] != "idle" and choose.chance(temper.lose):
             fate = choose.choice((Fate.LOSE_REQUEST, Fate.LOSE_REPLY))
         if fate is not Fate.GO:
             self.say(f"{self.steps}: {actor.name} at {' '.join(actor.at)}: {fate.value}")
-        self.steps += 1
+        verb, name = actor.at
+        self.steps += verb != "idle"
         if actor.go(fate):
             self.end(actor)
         self.check_listed()
+        if (
+            verb == "delete"
+            and name.startswith((layout.PACKS, layout.INDEXES))
+            and choose.chance(4)
+        ):
+            self.check_whole(self.must_be())
 
 
 def _pin_of(name: str) -> str:
