@@ -24,7 +24,7 @@ from bench import (
     verifying,
 )
 from bench.ground import Ground, choose_folder, ground
-from bench.report import Table, write_page
+from bench.report import Table, update_page, write_page
 
 PARTS = (
     "stages", "full", "restore", "verify", "reading", "incremental", "nights", "scale", "start",
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--freezes", type=int, default=30, help="TimeMarks of running guests")
     parser.add_argument("--guests", type=int, default=8, help="guests at once (part fleet)")
     parser.add_argument("--folder", help="work folder (default: memory, if there is plenty)")
+    parser.add_argument("--update", action="store_true", help="put chosen parts into the page")
     parser.add_argument(
         "--page", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
     )
@@ -56,6 +57,9 @@ def main() -> int:
         where = "memory (tmpfs)" if str(folder).startswith("/dev/shm") else "disk"  # noqa: S108
         write_page(tables, where, chosen.rounds, chosen.page)
         print(f"\nwritten: {chosen.page}")
+    elif chosen.update:
+        update_page(tables, PARTS, chosen.rounds, chosen.page)
+        print(f"\nbrought up to date: {chosen.page}")
     return 0
 
 
@@ -63,66 +67,64 @@ def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> lis
     tables: list[Table] = []
     rounds: int = chosen.rounds
 
-    def show(table: Table) -> None:
-        print(table.text(), flush=True)
-        tables.append(table)
+    def show(part: str, *made: Table) -> None:
+        for table in made:
+            table.part = part
+            print(table.text(), flush=True)
+            tables.append(table)
 
     with ground(folder) as place:
         limit_s = 0.0
         if "stages" in wanted or "full" in wanted:
             table, limit_s = stages.measure(place)
-            show(table)
+            show("stages", table)
         if "full" in wanted:
-            show(backups.full(place, rounds, limit_s))
+            show("full", backups.full(place, rounds, limit_s))
         if "restore" in wanted:
-            show(restores.measure(place, rounds))
+            show("restore", restores.measure(place, rounds))
         if "verify" in wanted:
-            show(verifying.measure(place, rounds))
+            show("verify", verifying.measure(place, rounds))
         if "reading" in wanted:
-            show(reading.measure(place, rounds))
+            show("reading", reading.measure(place, rounds))
         if "incremental" in wanted:
-            show(backups.incremental(place))
+            show("incremental", backups.incremental(place))
         if "nights" in wanted:
-            for table in nights.measure(place.folder):
-                show(table)
+            show("nights", *nights.measure(place.folder))
         if "scale" in wanted:
-            for table in scale.measure(place, rounds):
-                show(table)
+            show("scale", *scale.measure(place, rounds))
         _measure_views(place, wanted, rounds, show)
         _measure_guests(place, wanted, chosen, show)
     return tables
 
 
 def _measure_views(
-    place: Ground, wanted: list[str], rounds: int, show: Callable[[Table], None]
+    place: Ground, wanted: list[str], rounds: int, show: Callable[..., None]
 ) -> None:
     """What shows points in time to others."""
     if "start" in wanted:
-        show(mounts.start_up(place, rounds))
+        show("start", mounts.start_up(place, rounds))
     if "many" in wanted:
-        show(mounts.many(place))
+        show("many", mounts.many(place))
     if "targets" in wanted:
-        show(targets.reading(place, rounds))
+        show("targets", targets.reading(place, rounds))
     if "luns" in wanted:
-        show(targets.many(place))
+        show("luns", targets.many(place))
     if "first" in wanted:
-        show(targets.first_read(place, rounds))
+        show("first", targets.first_read(place, rounds))
     if "instant" in wanted:
-        for table in instant.measure(rounds):
-            show(table)
+        show("instant", *instant.measure(rounds))
 
 
 def _measure_guests(
-    place: Ground, wanted: list[str], chosen: argparse.Namespace, show: Callable[[Table], None]
+    place: Ground, wanted: list[str], chosen: argparse.Namespace, show: Callable[..., None]
 ) -> None:
     """What needs running guests."""
     if "freeze" in wanted:
-        for table in quiesce.one_guest(place, chosen.freezes):
-            show(table)
+        show("freeze", *quiesce.one_guest(place, chosen.freezes))
     if "fleet" in wanted:
-        show(fleet.many_guests(place, chosen.guests, chosen.freezes))
+        show("fleet", fleet.many_guests(place, chosen.guests, chosen.freezes))
     if "latency" in wanted:
-        show(latency.of_a_guest(place, chosen.rounds))
+        show("latency", latency.of_a_guest(place, chosen.rounds))
 
 
 if __name__ == "__main__":

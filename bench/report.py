@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+
+_MARK = "<!-- {} -->"
 
 
 @dataclass(slots=True)
@@ -18,6 +21,7 @@ class Table:
     head: Sequence[str]
     rows: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    part: str = ""  # of the benchmark that it is a table of
 
     def add(self, *cells: str) -> None:
         """One row."""
@@ -25,7 +29,13 @@ class Table:
 
     def markdown(self) -> str:
         """As Markdown."""
-        lines = [f"## {self.title}", "", _row(self.head), _row(["---"] * len(self.head))]
+        lines = [
+            _MARK.format(self.part),
+            f"## {self.title}",
+            "",
+            _row(self.head),
+            _row(["---"] * len(self.head)),
+        ]
         lines += [_row(row) for row in self.rows]
         return "\n".join([*lines, "", *self.notes, ""])
 
@@ -78,3 +88,18 @@ def write_page(tables: Sequence[Table], where: str, rounds: int, path: Path) -> 
         f"Machine: {machine()}\n\n"
     )
     path.write_text(head + "\n".join(table.markdown() for table in tables))
+
+
+def update_page(tables: Sequence[Table], order: Sequence[str], rounds: int, path: Path) -> None:
+    """Put the tables of some parts into the page, in the place of older ones of the same parts."""
+    new: dict[str, str] = {}
+    for table in tables:
+        table.notes.append(f"Measured by itself: {rounds} rounds, {datetime.now(UTC):%Y-%m-%d}.")
+        new[table.part] = new.get(table.part, "") + table.markdown() + "\n"
+    head, *rest = re.split(r"^(?=<!-- \w+ -->$)", path.read_text(), flags=re.MULTILINE)
+    old: dict[str, str] = {}
+    for text in rest:
+        part = text[len("<!-- ") :].partition(" ")[0]
+        old[part] = old.get(part, "") + text.rstrip("\n") + "\n\n"
+    parts = sorted(old.keys() | new.keys(), key=list(order).index)
+    path.write_text(head + "".join({**old, **new}[part] for part in parts).rstrip("\n") + "\n")
