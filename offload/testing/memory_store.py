@@ -38,12 +38,14 @@ def newest(before: Objects, after: Objects) -> Objects:
 
 
 @dataclass(frozen=True, slots=True)
-class _Object:
+class StoredObject:
+    """One object. `modified` is by the place's clock."""
+
     data: bytes
     modified: datetime
 
 
-Objects = dict[str, _Object]
+Objects = dict[str, StoredObject]
 
 
 @dataclass
@@ -91,7 +93,7 @@ class MemoryStore:
         data = b"".join(parts)
         done = self.place.gate("put", name)
         # in one step, also for threads: the first one's stays
-        mine = _Object(data, self.place.stamp())
+        mine = StoredObject(data, self.place.stamp())
         kept = self.place.objects.setdefault(name, mine)
         done()
         if kept is not mine:
@@ -166,7 +168,7 @@ class MemoryStore:
     def _below(self, prefix: str) -> Objects:
         return {n: o for n, o in list(self.place.objects.items()) if n.startswith(prefix)}
 
-    def _find(self, verb: str, name: str) -> _Object:
+    def _find(self, verb: str, name: str) -> StoredObject:
         _check(name)
         done = self.place.gate(verb, name)
         found = self.place.objects.get(name)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from offload.format import layout
 from offload.retention import KeepRules
+from offload.testing.model_damage import rot
 from offload.testing.model_hosts import Host
 from offload.testing.model_mutants import MUTANTS
 from offload.testing.model_schedule import Actor
@@ -55,6 +56,8 @@ class Game:
                 deep = world.steps + _DEEP
                 world.check_whole(world.must_be())
         self.settle()
+        host = world.hosts[0]
+        rot(world, host, lambda what, job: self._alone(world.simple(host, what, job)))
 
     def _begin_something(self) -> None:
         world, choose = self.world, self.world.chooser
