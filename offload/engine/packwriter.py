@@ -71,15 +71,15 @@ class Compressor:
 
 
 def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
-    """zstd's own for this level; at level 1 with longer matches in a larger table.
+    """zstd's own for this level; at level 1 with a larger table.
 
-    Measured on chunks of 256 KiB of /usr: 5 % less time to compress and to decompress, 1 % more
-    bytes (docs/decisions/0003).
+    Measured on chunks of 256 KiB of /usr: 1 % fewer bytes and 2 to 3 % more time to compress
+    (docs/decisions/0003).
     """
     if level != 1:
         return zstandard.ZstdCompressionParameters.from_level(level, write_content_size=True)
     return zstandard.ZstdCompressionParameters.from_level(
-        1, source_size=_USUAL_CHUNK, hash_log=16, min_match=7, write_content_size=True
+        1, source_size=_USUAL_CHUNK, hash_log=16, min_match=6, write_content_size=True
     )
 
 
