@@ -384,6 +384,8 @@ def test_remount_serves_killed_views_again_at_their_address(
     assert [s.alive for s in mounts.views(ctx)] == [True, True]
     assert ctx.catalog.view(kept.id) == kept
     assert mounts.remount(ctx) == mounts.Remounted()
+    mounts.unmount(ctx, [], all_views=True)
+    assert_nothing_is_left(ctx, marks=1)
 
 
 def test_remount_one_that_cannot_be_served_keeps_its_row_and_is_told(
