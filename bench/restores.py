@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.ground import GIB, MIB, Ground
 from bench.measure import Sample, in_turns, medians, once, ratio
+from bench.peers import peers_of
 from bench.report import Table, rate
 
 _NOTE = (
@@ -54,20 +55,7 @@ def _contenders(ground: Ground, restored: Path) -> dict[str, Callable[[], Sample
     """A repository of each, and how it gives the image back."""
     ground.fresh_store()
     backup = ground.ask("backup", "mixed", "--store", "main")["id"]
-    restic_env = {
-        "RESTIC_PASSWORD": "bench",
-        "RESTIC_REPOSITORY": str(ground.folder / "restic"),
-        "RESTIC_CACHE_DIR": str(ground.folder / "restic-cache"),
-    }
-    once(["restic", "init"], restic_env)
-    once(["restic", "backup", "--compression", "auto", str(ground.image)], restic_env)
-    borg_env = {
-        "BORG_BASE_DIR": str(ground.folder / "borg-base"),
-        "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
-    }
-    repo = str(ground.folder / "borg")
-    once(["borg", "init", "-e", "none", repo], borg_env)
-    once(["borg", "create", "-C", "zstd,1", f"{repo}::a", str(ground.image)], borg_env)
+    restic_env, borg_env, repo = peers_of(ground)
     into_here = f'cd "{restored}" && exec borg extract --sparse "{repo}::a"'
 
     def fresh(make: Callable[[], Sample]) -> Callable[[], Sample]:

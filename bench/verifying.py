@@ -13,6 +13,7 @@ import zstandard
 
 from bench.ground import GIB, MIB, Ground
 from bench.measure import Sample, in_turns, medians, once, ratio
+from bench.peers import peers_of
 from bench.report import Table, rate
 from offload.engine.repository import Repository
 from offload.engine.work import run_workers
@@ -60,20 +61,7 @@ def measure(ground: Ground, rounds: int) -> Table:
 def _contenders(ground: Ground) -> dict[str, Callable[[], Sample]]:
     ground.fresh_store()
     ground.cli("backup", "mixed", "--store", "main")
-    restic_env = {
-        "RESTIC_PASSWORD": "bench",
-        "RESTIC_REPOSITORY": str(ground.folder / "restic"),
-        "RESTIC_CACHE_DIR": str(ground.folder / "restic-cache"),
-    }
-    once(["restic", "init"], restic_env)
-    once(["restic", "backup", "--compression", "auto", str(ground.image)], restic_env)
-    borg_env = {
-        "BORG_BASE_DIR": str(ground.folder / "borg-base"),
-        "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
-    }
-    repo = str(ground.folder / "borg")
-    once(["borg", "init", "-e", "none", repo], borg_env)
-    once(["borg", "create", "-C", "zstd,1", f"{repo}::a", str(ground.image)], borg_env)
+    restic_env, borg_env, repo = peers_of(ground)
     return {
         "offload": lambda: ground.cli("verify", "--all", "--store", "main"),
         "restic": lambda: once(["restic", "check", "--read-data"], restic_env),

@@ -7,17 +7,14 @@ A sealed object `deleted/ID`, put once the manifest is gone; it stays for a year
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from offload.engine.repository import Repository
-from offload.errors import BusyError, IntegrityError, NotFoundError
+from offload.errors import BusyError
 from offload.format import layout
 from offload.store import Store
-
-log = logging.getLogger(__name__)
 
 KEPT = timedelta(days=365)
 
@@ -39,18 +36,7 @@ def note_deleted(repository: Repository, backup: str) -> None:
 
 def deleted_of(repository: Repository, backups: Iterable[str]) -> set[str]:
     """Those of the backups that were deleted. A note that is damaged or forged says nothing."""
-    found = set()
-    for backup in backups:
-        try:
-            value = repository.get_sealed(layout.deletion_name(backup))
-        except NotFoundError:
-            continue
-        except IntegrityError as error:
-            log.warning("%s", error.message)
-            continue
-        if value.get("backup") == backup:
-            found.add(backup)
-    return found
+    return {b for b in backups if repository.attests(layout.deletion_name(b), "backup", b)}
 
 
 def sweep_deletions(store: Store, now: datetime) -> None:

@@ -10,17 +10,14 @@ another one knows nothing of what this one has seen.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from datetime import UTC, datetime, timedelta
 
 from offload.engine.repository import Repository
-from offload.errors import BusyError, IntegrityError, NotFoundError
+from offload.errors import BusyError
 from offload.format import layout
 from offload.journal import step
 from offload.store import Store
-
-log = logging.getLogger(__name__)
 
 KEPT = timedelta(days=365)  # how long fences and voids stay: nobody stalls for longer
 
@@ -62,18 +59,8 @@ def give_up(repository: Repository, writer: str, prune: str) -> bool:
 def read_voids(repository: Repository) -> set[str]:
     """The writers of whom nothing exists. One that is damaged or forged says nothing: then the
     manifest that it names counts, and prune stops if that lacks chunks."""
-    found = set()
-    for name in repository.store.list(layout.VOIDS):
-        try:
-            value = repository.get_sealed(name)
-        except NotFoundError:
-            continue
-        except IntegrityError as error:
-            log.warning("%s", error.message)
-            continue
-        if value.get("writer") == name.removeprefix(layout.VOIDS):
-            found.add(str(value["writer"]))
-    return found
+    named = (name.removeprefix(layout.VOIDS) for name in repository.store.list(layout.VOIDS))
+    return {w for w in named if repository.attests(layout.void_name(w), "writer", w)}
 
 
 def sweep_fences(store: Store, now: datetime) -> None:

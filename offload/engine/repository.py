@@ -155,6 +155,17 @@ class Repository:
         raw = self.store.get(name)
         return self.with_keys(lambda keys: unseal_object(name, raw, keys))
 
+    def attests(self, name: str, field: str, ident: str) -> bool:
+        """Whether the sealed note `name` is there and names `ident`. One that is damaged or forged
+        says nothing."""
+        try:
+            return self.get_sealed(name).get(field) == ident
+        except NotFoundError:
+            return False
+        except IntegrityError as error:
+            log.warning("%s", error.message)
+            return False
+
     def with_keys(self, use: Callable[[Keys], _Result]) -> _Result:
         """Use the keys; once more with the store's own of now, if a version is unknown: they may
         have been rotated since this process opened the store."""

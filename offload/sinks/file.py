@@ -11,7 +11,41 @@ from offload.filesystem import fsync_folder
 from offload.sink import UNIT, pread_all, pwrite_all, write_error
 
 
-class NewFileSink:
+class _OpenFile:
+    """What both kinds do with their descriptor."""
+
+    path: Path
+    _fd: int
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes."""
+        pwrite_all(self._fd, str(self.path), offset, data)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Write zeros where there is data; the rest is a hole already."""
+        _write_zeros(self._fd, str(self.path), self.data(offset, length))
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """What is there now."""
+        pread_all(self._fd, str(self.path), offset, buffer)
+
+    def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """What is no hole."""
+        return _data(self._fd, offset, offset + length)
+
+    def sync(self) -> None:
+        """fdatasync."""
+        _sync(self._fd, str(self.path))
+
+    def close(self) -> None:
+        """Close; what was not finished stays as it is, a new file under its temporary name.
+        Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class NewFileSink(_OpenFile):
     """A sparse file under a temporary name, renamed when it is whole.
 
     `resume`: the temporary file is there and is gone on with.
@@ -35,26 +69,6 @@ class NewFileSink:
         except OSError as error:
             raise write_error(str(path), error) from error
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes."""
-        pwrite_all(self._fd, str(self.path), offset, data)
-
-    def zero(self, offset: int, length: int) -> None:
-        """Write zeros where there may be data; the rest is a hole already."""
-        _write_zeros(self._fd, str(self.path), self.data(offset, length))
-
-    def readinto(self, offset: int, buffer: memoryview) -> None:
-        """What is there now."""
-        pread_all(self._fd, str(self.path), offset, buffer)
-
-    def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """What is no hole."""
-        return _data(self._fd, offset, offset + length)
-
-    def sync(self) -> None:
-        """fdatasync."""
-        _sync(self._fd, str(self.path))
-
     def finish(self) -> None:
         """fsync, rename over the name, fsync the folder."""
         try:
@@ -64,14 +78,8 @@ class NewFileSink:
         except OSError as error:
             raise write_error(str(self.path), error) from error
 
-    def close(self) -> None:
-        """Close; a file that was not finished stays under its temporary name. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
-
-class InPlaceFileSink:
+class InPlaceFileSink(_OpenFile):
     """A file that is there and keeps its name: until the end it holds a mixture."""
 
     fresh = False
@@ -90,26 +98,6 @@ class InPlaceFileSink:
         except OSError as error:
             raise write_error(str(path), error) from error
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes."""
-        pwrite_all(self._fd, str(self.path), offset, data)
-
-    def zero(self, offset: int, length: int) -> None:
-        """Write zeros where there is data."""
-        _write_zeros(self._fd, str(self.path), self.data(offset, length))
-
-    def readinto(self, offset: int, buffer: memoryview) -> None:
-        """What is there now."""
-        pread_all(self._fd, str(self.path), offset, buffer)
-
-    def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """What is no hole."""
-        return _data(self._fd, offset, offset + length)
-
-    def sync(self) -> None:
-        """fdatasync."""
-        _sync(self._fd, str(self.path))
-
     def finish(self) -> None:
         """Cut off what is longer than the image; fsync."""
         try:
@@ -117,12 +105,6 @@ class InPlaceFileSink:
             os.fsync(self._fd)
         except OSError as error:
             raise write_error(str(self.path), error) from error
-
-    def close(self) -> None:
-        """Close. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _data(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
