@@ -2,7 +2,8 @@
 
 Built-ins stand in explicit tables `name → "module:Class"` and are loaded when they are used; third
 parties add theirs through entry points of the same group (`offload.snapshots`, `offload.targets`,
-`offload.stores`, `offload.freezers`, `offload.applications`).
+`offload.stores`, `offload.freezers`, `offload.applications`, `offload.hypervisors`,
+`offload.backup_hosts`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         QmpQuiesce,
         VmConfig,
     )
+    from offload.hypervisor import BackupHost, Hypervisor
     from offload.image import Image
     from offload.instance import Instance
     from offload.quiesce import Part, Quiescer
@@ -68,6 +70,15 @@ APPLICATIONS: dict[str, str] = {
     "sqlite": "offload.quiescers.sqlite:SqlitePart",
     "script": "offload.quiescers.script:ScriptPart",
     "ssh": "offload.quiescers.ssh:SshPart",
+}
+# called with the name in the configuration, its entry and the instance
+HYPERVISORS: dict[str, str] = {
+    "libvirt": "offload.hypervisors.libvirt.hypervisor:LibvirtHypervisor",
+    "vsphere": "offload.hypervisors.vsphere.hypervisor:VsphereHypervisor",
+}
+BACKUP_HOSTS: dict[str, str] = {  # by the kind of their hypervisor
+    "libvirt": "offload.hypervisors.libvirt.backup_host:LibvirtBackupHost",
+    "vsphere": "offload.hypervisors.vsphere.backup_host:VsphereBackupHost",
 }
 STORES = {"disk": "offload.stores.disk:DiskStore", "s3": "offload.stores.s3:S3Store"}
 
@@ -175,6 +186,23 @@ def application_part(vm: str, entry: ApplicationConfig, instance: Instance) -> P
     """What holds an application of a VM."""
     kind = _load("offload.applications", "application", APPLICATIONS, entry.kind)
     made: Part = kind(vm, entry, instance)
+    return made
+
+
+def hypervisor(name: str, instance: Instance) -> Hypervisor:
+    """What `[hypervisors.NAME]` names; NotFoundError (`unknown-hypervisor`)."""
+    entry = instance.config.hypervisor(name)
+    kind = _load("offload.hypervisors", "hypervisor", HYPERVISORS, entry.kind)
+    made: Hypervisor = kind(name, entry, instance)
+    return made
+
+
+def backup_host(name: str, instance: Instance) -> BackupHost:
+    """What `[backup_hosts.NAME]` names; NotFoundError (`unknown-backup-host`)."""
+    entry = instance.config.backup_host(name)
+    runs = instance.config.hypervisor(entry.hypervisor)
+    kind = _load("offload.backup_hosts", "backup host", BACKUP_HOSTS, runs.kind)
+    made: BackupHost = kind(name, entry, instance)
     return made
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 
 from offload.ceph import ImageName
 from offload.configs.base import Model, Seconds, absolute_path
-from offload.configs.hypervisors import HypervisorConfig
+from offload.configs.hypervisors import BackupHostConfig, HypervisorConfig
 from offload.configs.quiesce import LibvirtFreeze, QuiesceConfig, VmConfig, VmwareFreeze
 from offload.configs.stores import StoreConfig
 from offload.configs.targets import CacheConfig, IscsiConfig, NbdConfig, OverlayConfig
@@ -34,6 +34,7 @@ _KINDS = (
     "local", "qmp", "qemu-ga", "libvirt", "vmware", "vsphere",
     "postgresql", "mysql", "sqlite", "script", "ssh", "disk", "s3",
 )  # fmt: skip
+_LUN = r"^(naa|eui|t10)\.[0-9A-Za-z_.\-]{8,}$"  # a vSphere canonical name
 CONFIG_ENV = "OFFLOAD_CONFIG"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -53,6 +54,7 @@ class VolumeConfig(Model):
     qmp_socket: Path | None = None  # qcow2: the QMP socket of the QEMU that has the image open
     conf: Path | None = None  # rbd: of the cluster; default: /etc/ceph/ceph.conf
     user: str | None = None  # rbd: default: client.admin
+    lun: str | None = Field(default=None, pattern=_LUN)  # as hypervisors know it: naa.…
 
     @field_validator("path", "snapshot_dir", "qmp_socket", "conf")
     @classmethod
@@ -94,14 +96,35 @@ class VolumeConfig(Model):
 
 
 class GroupConfig(Model):
-    """`[groups.NAME]`."""
+    """`[groups.NAME]`: volumes by name, or chosen by what a hypervisor has at run time."""
 
-    volumes: tuple[str, ...] = Field(min_length=1)
+    volumes: tuple[str, ...] = ()
+    hypervisor: str | None = None  # a [hypervisors.NAME], where the following are looked up
+    vms: tuple[str, ...] = ()  # names, or instance UUIDs
+    tags: tuple[str, ...] = ()  # `category:tag`
+    folders: tuple[str, ...] = ()  # `/DC0/vm/web`, with all below
+    datastores: tuple[str, ...] = ()  # names
+    luns: tuple[str, ...] = ()  # naa.…
     consistency: Consistency = Consistency.CRASH  # the least accepted
     atomic: Literal["require", "record"] = "require"  # where writers can't be held: refuse, or say
     deadline_s: Seconds = 10.0  # from the first freeze to the thaw
     store: str | None = None  # where `offload backup GROUP` goes by default
     quiesce: tuple[QuiesceConfig, ...] = ()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its volumes and VMs are looked up at run time."""
+        return bool(self.vms or self.tags or self.folders or self.datastores or self.luns)
+
+    @model_validator(mode="after")
+    def _something(self) -> GroupConfig:
+        if not (self.volumes or self.chooses):
+            raise ValueError("needs volumes, or vms, tags, folders, datastores or luns")
+        if self.chooses and self.hypervisor is None:
+            raise ValueError("vms, tags, folders, datastores and luns need hypervisor")
+        if self.hypervisor is not None and not self.chooses:
+            raise ValueError("hypervisor needs vms, tags, folders, datastores or luns")
+        return self
 
 
 class PoolConfig(Model):
@@ -126,6 +149,7 @@ class Config(Model):
     groups: dict[str, GroupConfig] = Field(default_factory=dict)
     vms: dict[str, VmConfig] = Field(default_factory=dict)
     hypervisors: dict[str, HypervisorConfig] = Field(default_factory=dict)
+    backup_hosts: dict[str, BackupHostConfig] = Field(default_factory=dict)
     stores: dict[str, StoreConfig] = Field(default_factory=dict)
     pool: PoolConfig = PoolConfig()
     nbd: NbdConfig = NbdConfig()
@@ -135,7 +159,7 @@ class Config(Model):
 
     @model_validator(mode="after")
     def _names(self) -> Config:
-        for table in ("volumes", "groups", "stores", "vms", "hypervisors"):
+        for table in ("volumes", "groups", "stores", "vms", "hypervisors", "backup_hosts"):
             for name in getattr(self, table):
                 if not _NAME.fullmatch(name):
                     raise ValueError(
@@ -147,6 +171,11 @@ class Config(Model):
             self._check_group(name, group)
         for name, vm in self.vms.items():
             self._check_vm(name, vm)
+        for name, host in self.backup_hosts.items():
+            if host.hypervisor not in self.hypervisors:
+                raise ValueError(
+                    f"backup_hosts.{name}: there is no [hypervisors.{host.hypervisor}]"
+                )
         return self
 
     def _check_group(self, name: str, group: GroupConfig) -> None:
@@ -159,6 +188,8 @@ class Config(Model):
             for volume in entry.volumes:
                 if volume not in group.volumes:
                     raise ValueError(f"groups.{name}.quiesce: '{volume}' is not in the group")
+        if group.hypervisor is not None and group.hypervisor not in self.hypervisors:
+            raise ValueError(f"groups.{name}: there is no [hypervisors.{group.hypervisor}]")
         if group.store is not None and group.store not in self.stores:
             raise ValueError(f"groups.{name}.store: there is no [stores.{group.store}]")
 
@@ -203,6 +234,18 @@ class Config(Model):
             raise _unknown("group", name, self.groups)
         return self.groups[name]
 
+    def hypervisor(self, name: str) -> HypervisorConfig:
+        """A hypervisor; NotFoundError if the file has none of that name."""
+        if name not in self.hypervisors:
+            raise _unknown("hypervisor", name, self.hypervisors)
+        return self.hypervisors[name]
+
+    def backup_host(self, name: str) -> BackupHostConfig:
+        """A backup host; NotFoundError if the file has none of that name."""
+        if name not in self.backup_hosts:
+            raise _unknown("backup host", name, self.backup_hosts)
+        return self.backup_hosts[name]
+
     def store(self, name: str) -> StoreConfig:
         """A store; NotFoundError if the file has none of that name."""
         if name not in self.stores:
@@ -214,7 +257,7 @@ def _unknown(kind: str, name: str, table: dict[str, Any]) -> NotFoundError:
     known = ", ".join(sorted(table)) or "none"
     return NotFoundError(
         f"no {kind} '{name}' in the configuration",
-        code=f"unknown-{kind}",
+        code=f"unknown-{kind.replace(' ', '-')}",
         hint=f"configured: {known}",
     )
 

@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NewType
 
+from offload.machine import Machine
+
 TimeMarkId = NewType("TimeMarkId", str)
 ViewId = NewType("ViewId", str)
 BackupId = NewType("BackupId", str)
@@ -153,6 +155,7 @@ class TimeMark:
     keep: bool = False  # never reclaimed when the pool runs full
     reports: tuple[QuiesceReport, ...] = ()
     warnings: tuple[str, ...] = ()
+    machines: tuple[Machine, ...] = ()  # the settings of its VMs
 
     def snapshot(self, volume: str) -> Snapshot | None:
         """The snapshot of one volume, or None."""

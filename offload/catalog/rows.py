@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from offload.machine import Machine
 from offload.model import (
     Backup,
     BackupId,
@@ -67,6 +68,7 @@ def timemark_row(timemark: TimeMark) -> Row:
         "skew_ms": timemark.skew_ms,
         "reports": [_report_fields(report) for report in timemark.reports],
         "warnings": list(timemark.warnings),
+        "machines": [machine.to_dict() for machine in timemark.machines],
     }
 
 
@@ -85,6 +87,7 @@ def timemark_of(row: Row) -> TimeMark:
         keep=row["keep"],
         reports=tuple(_report(fields) for fields in row["reports"]),
         warnings=tuple(row["warnings"]),
+        machines=tuple(Machine.from_dict(fields) for fields in row["machines"]),
     )
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, exc
 from offload.errors import BusyError, IntegrityError, OffloadError, UnavailableError
 from offload.filelock import alone
 
-HEAD = "0004"  # the newest migration; a test compares it with the scripts
+HEAD = "0005"  # the newest migration; a test compares it with the scripts
 
 _BUSY_TIMEOUT_S = 10.0
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -67,6 +67,7 @@ timemarks = Table(
     Column("snapshots", JSON, nullable=False),
     Column("reports", JSON, nullable=False),
     Column("warnings", JSON, nullable=False),
+    Column("machines", JSON, nullable=False),
     Index("timemarks_group_time", "group_name", "created_at"),
 )
 
@@ -154,4 +155,41 @@ verifications = Table(
     Column("how", Text, nullable=False),
     Column("problems", Integer, nullable=False),
     Index("verifications_backup", "backup", "at"),
+)
+
+# What one `mount --placeholder` made on one backup host.
+islands = Table(
+    "islands",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("host", Text, nullable=False),
+    Column("group_name", Text, nullable=False),
+    Column("origin", Text, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("views", JSON, nullable=False),
+    Column("placeholders", JSON, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("record", JSON, nullable=False),
+)
+
+# What hypervisors had when they were last asked; `kind` vm, datastore or host.
+inventories = Table(
+    "inventories",
+    metadata,
+    Column("hypervisor", Text, primary_key=True),
+    Column("taken_at", UtcDateTime, nullable=False),
+)
+
+inventory_entries = Table(
+    "inventory_entries",
+    metadata,
+    Column(
+        "hypervisor", ForeignKey("inventories.hypervisor", ondelete="CASCADE"), primary_key=True
+    ),
+    Column("kind", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("entry", JSON, nullable=False),
+    Index("inventory_names", "hypervisor", "name"),
 )

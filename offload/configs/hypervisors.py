@@ -1,13 +1,15 @@
-"""`[hypervisors.NAME]`: what production VMs run on."""
+"""`[hypervisors.NAME]`: what production VMs run on; `[backup_hosts.NAME]`: where placeholders
+stand."""
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from offload.configs.base import Model, absolute_path
+from offload.configs.base import Model, Seconds, absolute_path
 
 
 class LibvirtConfig(Model):
@@ -37,3 +39,29 @@ class VsphereConfig(Model):
 
 
 HypervisorConfig = Annotated[LibvirtConfig | VsphereConfig, Field(discriminator="kind")]
+
+
+class BackupHostConfig(Model):
+    """`[backup_hosts.NAME]`: a host of a hypervisor on which placeholders are registered."""
+
+    hypervisor: str  # a [hypervisors.NAME]
+    host: str | None = None  # vSphere: the host's name there; none: the only one
+    folder: str = Field(default="offload placeholders", min_length=1)  # vSphere: of the VMs
+    prefix: str = Field(default="backup-", min_length=1, max_length=20)  # of placeholders' names
+    target: Literal["nbd", "lio", "tgt"] | None = None  # None: libvirt nbd, vSphere lio
+    address: str | None = None  # of the portal that the host logs in to; None: [iscsi] address
+    adapter: str | None = None  # vSphere: e.g. vmhba64; None: the only software iSCSI adapter
+    timeout_s: Seconds = 120.0  # for a LUN or datastore to appear
+    disk_dir: Path | None = None  # libvirt: of the placeholders' overlay files, on that host
+
+    @field_validator("disk_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return absolute_path(value)
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            ipaddress.ip_address(value)  # its ValueError says what is wrong
+        return value

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from offload.engine.deletions import take_away
 from offload.engine.fences import look_for_fences
 from offload.engine.manifests import read_manifest
 from offload.engine.pins import HeldPin, PinKind, given_up, images_of
@@ -64,7 +65,8 @@ class Writing:
         return None if look_for_fences(self.repository.store, backup) else found
 
     def confirm(self, own_packs: Iterable[str]) -> None:
-        """After the manifest: it stands, or it is taken back.
+        """After the manifest: it stands, or it is taken back, unless somebody has placed a legal
+        hold on it.
 
         UnavailableError: `given-up`; `references-lost`, if a pack is gone that this built on.
         """
@@ -76,7 +78,7 @@ class Writing:
         if not lost and not late:
             return
         if not firm:
-            store.delete(layout.manifest_name(self.pin.id))
+            take_away(self.repository, self.pin.id, self.pin.id)
             step("writer.taken.back")
         if late:
             raise given_up(self.pin.id)
@@ -86,6 +88,14 @@ class Writing:
             code=REFERENCES_LOST,
             hint="run it again; if this comes back: offload verify --all",
         )
+
+
+def take_back_late(repository: Repository, ident: str) -> None:
+    """For recovery: take back what a dead writer finished when it had been given up."""
+    store = repository.store
+    there = store.exists(layout.manifest_name(ident))
+    if there and not is_firm(store) and look_for_fences(store, ident):
+        take_away(repository, ident, ident)
 
 
 @contextmanager

@@ -62,9 +62,14 @@ def hold_name(backup: str) -> str:
     return f"{HOLDS}{backup}"
 
 
-def deletion_name(backup: str) -> str:
-    """That one backup was deleted on purpose."""
-    return f"{DELETED}{backup}"
+def deletions_folder(backup: str) -> str:
+    """Where the deletions of one backup say so."""
+    return f"{DELETED}{backup}/"
+
+
+def deletion_name(backup: str, deletion: str) -> str:
+    """That a deletion has begun to delete one backup on purpose."""
+    return f"{deletions_folder(backup)}{deletion}"
 
 
 def key_name(wrapper: str) -> str:

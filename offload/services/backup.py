@@ -31,14 +31,13 @@ from datetime import UTC, datetime
 from offload import __version__, compose
 from offload.catalog.store import Catalog
 from offload.engine.damage import known_damage
-from offload.engine.fences import look_for_fences
 from offload.engine.packwriter import PackWriter
 from offload.engine.repository import Repository
 from offload.engine.retention_lock import Built, lock_references
 from offload.engine.tree import TreeReader
 from offload.engine.trust import sample_unchanged
 from offload.engine.writeimage import Counts, Job, write_image
-from offload.engine.writing import REFERENCES_LOST, is_firm, writing
+from offload.engine.writing import REFERENCES_LOST, take_back_late, writing
 from offload.errors import BusyError, NotFoundError, OffloadError, UnavailableError, UsageError
 from offload.extents import Ranges, normalize, total
 from offload.format import layout
@@ -543,9 +542,8 @@ def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
     try:
         ident = args["backup"]
         name = layout.manifest_name(ident)
-        if store.exists(name) and not is_firm(store) and look_for_fences(store, ident):
-            store.delete(name)
         with closing(Repository.open(store, instance.cache_dir)) as repository:
+            take_back_late(repository, ident)
             if store.exists(name):
                 done = decode_manifest(name, store.get(name), repository.keys, args["name"])
                 stores.adopt(catalog, [done.backup])

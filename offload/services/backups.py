@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from offload import compose
 from offload.catalog.store import Catalog
-from offload.engine.deletions import note_deleted
+from offload.engine.deletions import take_away
 from offload.engine.pins import pinned_manifest
 from offload.engine.readimage import read_leaf
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader, diff_slots
-from offload.errors import BusyError, NotFoundError, PrivilegeError, UsageError
+from offload.errors import BusyError, PrivilegeError, UsageError
 from offload.extents import Ranges, normalize, total
-from offload.format import layout
 from offload.format.delta import SECTOR
 from offload.format.tree import Leaf
 from offload.instance import Instance
-from offload.journal import Operation, step
+from offload.ids import new_id
+from offload.journal import Operation
 from offload.model import Backup, ImageRecord
 from offload.services import legalholds, locks, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
-from offload.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -127,36 +126,30 @@ def delete(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:
             )
             legalholds.refuse_held(repository, [b for b in chosen if b.store == name])
             locks.refuse_locked(repository, [b for b in chosen if b.store == name])
-            for known in chosen:
-                if known.store == name:
-                    _pin(stack, repository, known)
         for number, known in enumerate(chosen, 1):
-            erase(ctx, op, opened[known.store], known, number=number)
+            if not erase(ctx, op, opened[known.store], known, number=number):
+                raise legalholds.held_error(known.id)  # it was placed meanwhile
     return chosen
-
-
-def _pin(stack: ExitStack, repository: Repository, known: Backup) -> None:
-    """A manifest that is put back, for a hold, must find its chunks there: no prune meanwhile."""
-    with suppress(NotFoundError):
-        stack.enter_context(pinned_manifest(repository, known.id))
 
 
 def erase(
     ctx: Context, op: Operation, repository: Repository, known: Backup, *, number: int
-) -> None:
+) -> bool:
     """Delete a backup's manifest, its row, and its TimeMark if that served nothing else.
 
-    The caller holds the store's lock. Recovery finishes what was begun. A backup on which a legal
-    hold was placed meanwhile stays as it is.
+    The caller holds the store's lock. Recovery finishes what was begun. False, and all is as it
+    was, where a legal hold was placed on the backup meanwhile.
     """
     args = {
         "store": stores.spec_of(ctx, known.store).text(),
         "backup": known.id,
         "timemark": known.timemark,
+        "deletion": new_id(),
     }
     op.intend(f"erase-{number}", "delete-backup", args)
-    _delete(ctx.instance, ctx.catalog, repository, args)
+    done = _delete(ctx.instance, ctx.catalog, repository, args)
     op.done(f"erase-{number}")
+    return done
 
 
 def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
@@ -174,32 +167,12 @@ def undo_delete(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
 
 def _delete(
     instance: Instance, catalog: Catalog, repository: Repository, args: Mapping[str, str]
-) -> None:
-    if not _manifest_gone(repository.store, args["backup"]):
-        return
-    step("backup-delete.manifest.deleted")
-    note_deleted(repository, args["backup"])
-    step("backup-delete.noted")
+) -> bool:
+    """False where there is a legal hold on the backup."""
+    if not take_away(repository, args["backup"], args["deletion"]):
+        return False
     catalog.delete_backup(args["backup"])
     timemark.undo_unused(instance, catalog, {"ids": dump([args["timemark"]])})
-
-
-def _manifest_gone(store: Store, backup: str) -> bool:
-    """Delete a manifest; False, and it is there as before, where there is a legal hold.
-
-    Looked for after the deletion too: whoever places a hold looks for the manifest afterwards.
-    """
-    name, hold = layout.manifest_name(backup), layout.hold_name(backup)
-    if store.exists(hold):
-        return False
-    try:
-        raw = store.get(name)
-    except NotFoundError:
-        return True
-    store.delete(name)
-    if store.exists(hold):
-        store.put(name, [raw])
-        return False
     return True
 
 

@@ -26,10 +26,9 @@ from dataclasses import dataclass
 
 from offload import compose
 from offload.catalog.store import Catalog
-from offload.engine.fences import look_for_fences
 from offload.engine.manifests import read_folds, read_manifest
 from offload.engine.repository import Repository
-from offload.engine.writing import is_firm
+from offload.engine.writing import take_back_late
 from offload.errors import (
     IntegrityError,
     NotFoundError,
@@ -190,9 +189,8 @@ def undo_copy(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> 
     store = compose.open_store(args["store"])
     try:
         name, ident = layout.manifest_name(args["backup"]), args["backup"]
-        if store.exists(name) and not is_firm(store) and look_for_fences(store, ident):
-            store.delete(name)
         with closing(Repository.open(store, instance.cache_dir)) as repository:
+            take_back_late(repository, ident)
             if store.exists(name):
                 catalog.add_backup(read_manifest(repository, ident, args["name"]).backup)
             stores.remove_unfinished(repository, ident)

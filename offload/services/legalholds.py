@@ -1,8 +1,10 @@
 """Legal holds: backups that neither rules nor commands delete until somebody releases them.
 
-The store says what is held; the catalog's copy is for lists. A hold is placed, then the manifest is
-looked for; a deletion takes the manifest away, then looks for a hold, and puts the manifest back
-if there is one: so that of the two, whichever comes first, one gives way and says so.
+The store says what is held; the catalog's copy is for lists. A hold is placed, then it is looked
+for who may be deleting the backup; a deletion says that it begins, then looks for a hold
+(`offload/engine/deletions.py`). Whoever has begun is waited for: either the backup goes, or the hold
+was seen. So a hold that was reported is good, and who has not ended in time makes it an error that
+leaves the hold in place.
 
 A hold that is there may be another's unfinished one; whoever finds it tells his user that the
 backup is held. So no recovery takes a hold from a backup that there is: a placing or a release that
@@ -13,11 +15,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from offload import compose
 from offload.catalog.store import Catalog
+from offload.engine.deletions import deletions_of
+from offload.engine.fences import look_for_fences
 from offload.engine.repository import Repository
 from offload.errors import BusyError, NotFoundError, OffloadError
 from offload.format import layout
@@ -29,6 +34,9 @@ from offload.services import stores
 from offload.services.context import Context
 
 log = logging.getLogger(__name__)
+
+WAIT_S = 30.0  # for a deletion that has begun: it is three requests from its end, unless it is dead
+_PAUSE_S = 0.2
 
 
 def held(repository: Repository) -> dict[BackupId, LegalHold]:
@@ -60,18 +68,23 @@ def refuse_held(repository: Repository, backups: Sequence[Backup]) -> None:
     """BusyError (`backup-held`) if there is a legal hold on one of the backups."""
     for backup in backups:
         if repository.store.exists(layout.hold_name(backup.id)):
-            raise BusyError(
-                f"there is a legal hold on backup {backup.id}",
-                code="backup-held",
-                hint=f"see: offload backup show {backup.id}; "
-                f"end it with: offload backup release {backup.id}",
-            )
+            raise held_error(backup.id)
+
+
+def held_error(backup: str) -> BusyError:
+    """What a deletion says."""
+    return BusyError(
+        f"there is a legal hold on backup {backup}",
+        code="backup-held",
+        hint=f"see: offload backup show {backup}; end it with: offload backup release {backup}",
+    )
 
 
 def hold(ctx: Context, prefixes: Sequence[str], reason: str = "") -> list[LegalHold]:
     """Place a hold on each backup; one that is held already keeps its first reason.
 
-    NotFoundError (`unknown-backup`) where the store has a backup no longer.
+    NotFoundError (`unknown-backup`) where the store has a backup no longer. BusyError
+    (`hold-unsure`) where somebody who may be deleting it does not end: the hold stays.
     """
     placed: list[LegalHold] = []
 
@@ -87,21 +100,49 @@ def hold(ctx: Context, prefixes: Sequence[str], reason: str = "") -> list[LegalH
             op.intend(f"hold-{number}", "release-hold", _args(ctx, backup))
             repository.store.put(name, [encode_hold(name, made, repository.keys)])
             step("hold.placed")
-            _require_manifest(repository, backup)
             op.done(f"hold-{number}")
+        _confirm(repository, backup)
         placed.append(note(ctx, backup.store, repository)[backup.id])
 
     _each(ctx, "backup-hold", prefixes, one)
     return placed
 
 
-def _require_manifest(repository: Repository, backup: Backup) -> None:
-    if not repository.store.exists(layout.manifest_name(backup.id)):
-        raise NotFoundError(
-            f"backup {backup.id} is in store {backup.store} no longer: nothing is held",
-            code="unknown-backup",
-            hint="see what is there with: offload backup list",
-        )
+def _confirm(repository: Repository, backup: Backup) -> None:
+    """See that nobody takes the backup away who has not looked for the hold; see `hold`."""
+    store = repository.store
+    for _ in _attempts():
+        found = [f"it is being deleted by {d}" for d in deletions_of(repository, backup.id)]
+        # after the notes: they stay until the manifest is gone
+        manifest = store.exists(layout.manifest_name(backup.id))
+        if not manifest or store.exists(layout.void_name(backup.id)):
+            store.delete(layout.hold_name(backup.id))
+            raise NotFoundError(
+                f"backup {backup.id} is in store {backup.store} no longer: nothing is held",
+                code="unknown-backup",
+                hint="see what is there with: offload backup list",
+            )
+        if look_for_fences(store, backup.id):
+            found.append("a prune is giving up who wrote it")
+        if not found:
+            return
+    raise BusyError(
+        f"the hold on backup {backup.id} is placed and stays, but may be too late: "
+        f"{'; '.join(found)}",
+        code="hold-unsure",
+        hint="let that end, or end it on its machine with: offload recover; then hold the backup "
+        "again. If the machine is gone for good, nothing is left that could delete the backup",
+    )
+
+
+def _attempts() -> Iterator[None]:
+    """Until WAIT_S is over."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        yield
+        if time.monotonic() >= end:
+            return
+        time.sleep(_PAUSE_S)
 
 
 def release(ctx: Context, prefixes: Sequence[str]) -> list[Backup]:

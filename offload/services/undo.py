@@ -40,7 +40,7 @@ ACTIONS = {
     "abort-copy": "offload.services.copy:undo_copy",  # store, name, backup
     "drop-pin": "offload.services.repair:undo_pin",  # store, pin
     "abort-packs": "offload.services.batches:undo_packs",  # store, writer
-    "delete-backup": "offload.services.backups:undo_delete",  # store, backup, timemark
+    "delete-backup": "offload.services.backups:undo_delete",  # store, backup, timemark, deletion
     "release-hold": "offload.services.legalholds:undo_hold",  # store, name, backup
     "abort-key": "offload.services.keymaker:undo_key",  # store, commit, object, file, print
     "finish-rotation": "offload.services.store_keys:undo_rotation",  # store, commit, old (JSON)

@@ -88,7 +88,7 @@ def test_load_empty_file_is_all_defaults(file: Path) -> None:
         ),
         ('["shop-db", "shop-web"]', '["shop-db", "nope"]', "there is no [volumes.nope]"),
         ('["shop-db", "shop-web"]', '["shop-db", "shop-db"]', "names a volume twice"),
-        ('["shop-db", "shop-web"]', "[]", "groups.shop.volumes: "),
+        ('["shop-db", "shop-web"]', "[]", "groups.shop: needs volumes"),
         ('kind = "local"', 'kind = "remote"', "groups.shop.quiesce.0: "),
         ('mounts = ["/srv/shop/db", "/srv/shop/web"]', "", "groups.shop.quiesce.0: needs mounts"),
         (

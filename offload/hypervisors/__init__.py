@@ -1,0 +1,1 @@
+"""Hypervisors: what production runs on, and where placeholders stand."""

@@ -1,0 +1,1 @@
+"""vSphere: a vCenter server or one ESXi host."""
