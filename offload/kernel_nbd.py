@@ -42,6 +42,7 @@ _DESTROY_ON_DISCONNECT = 1  # linux/nbd.h, NBD_CFLAG_…
 # What the kernel says where an index has just been taken, or is going away.
 _TAKEN = {errno.EBUSY, errno.EINVAL, errno.EEXIST, errno.ENOENT}
 _TRIES = 20
+_LOOKED_AT_S = 5.0  # for whoever has a device open that is not connected
 
 
 def attach(
@@ -204,10 +205,11 @@ def _open_sockets(address: Address) -> set[int]:
 def _connect(attributes: Sequence[Attribute]) -> str:
     """The first free index of ours; another process may be faster, so more than one is tried."""
     last: OSError | None = None
+    until = time.monotonic() + _LOOKED_AT_S
     with _family() as family:
         for _, index in zip(range(_TRIES), _free(), strict=False):
             try:
-                family.ask(_CONNECT, [(_INDEX, u32(index)), *attributes])
+                _connect_as(family, index, attributes, until)
             except OSError as error:
                 if error.errno not in _TAKEN:
                     raise _refused(error) from error
@@ -221,6 +223,24 @@ def _connect(attributes: Sequence[Attribute]) -> str:
         code="no-device",
         hint="disconnect some",
     )
+
+
+def _connect_as(family: Family, index: int, attributes: Sequence[Attribute], until: float) -> None:
+    """Connect this device, which is made where it is not there. Raises OSError.
+
+    udev opens a device as soon as it is made, which may be before it is connected: the kernel calls
+    it busy then. It would stay for ever if it were left like that, so it is waited for.
+    """
+    while True:
+        try:
+            family.ask(_CONNECT, [(_INDEX, u32(index)), *attributes])
+        except OSError as error:
+            taken = (_SYS_BLOCK / f"nbd{index}" / "pid").exists()
+            if error.errno != errno.EBUSY or taken or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _free() -> Iterator[int]:

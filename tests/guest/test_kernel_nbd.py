@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 from offload import attachment, device_use, kernel_nbd, qemu_nbd, run
 from offload.blockdev import device_read_only, device_sector_size, device_size
 from offload.errors import BusyError, NotFoundError, UnavailableError, UsageError
-from offload.genetlink import Family
+from offload.genetlink import Family, u32, u64
 
 MIB = 1 << 20
 NAME = "offload-test-"
@@ -98,6 +100,38 @@ def opened(device: str, flags: int = os.O_RDONLY) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def unconnected(index: int) -> Iterator[None]:
+    """A device that is there and serves nothing: the kernel makes it with an export that nobody is
+    to remove it with."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, closing(Family("nbd")) as family:
+        family.ask(
+            1,  # NBD_CMD_CONNECT: index, size, sockets
+            [(1, u32(index)), (2, u64(MIB)), (7, [(1, [(1, u32(theirs.fileno()))])])],
+        )
+        family.ask(2, [(1, u32(index))])  # NBD_CMD_DISCONNECT
+    assert Path(f"/sys/block/nbd{index}").exists()
+    try:
+        yield
+    finally:
+        wait_for(lambda: settled(index))
+
+
+def settled(index: int) -> bool:
+    """Have it removed with an export that takes it along, once nobody has it open."""
+    if not Path(f"/sys/block/nbd{index}").exists():
+        return True
+    ours, theirs = socket.socketpair()
+    with ours, theirs, closing(Family("nbd")) as family, suppress(OSError):
+        family.ask(
+            1,  # and client flags: NBD_CFLAG_DESTROY_ON_DISCONNECT
+            [(1, u32(index)), (2, u64(MIB)), (6, u64(1)), (7, [(1, [(1, u32(theirs.fileno()))])])],
+        )
+        family.ask(2, [(1, u32(index))])
+    return False
 
 
 def attach(server: Server, name: str = "one", *, read_only: bool = True, timeout_s: int = 2) -> str:
@@ -191,6 +225,34 @@ def test_attach_two_devices_have_numbers_of_their_own(serve: Serve, image: Path)
     kernel_nbd.detach(one)
     assert kernel_nbd.find(NAME + "one") is None
     assert Path(two).read_bytes() == image.read_bytes()
+
+
+def test_attach_device_that_somebody_looks_at_is_waited_for(
+    serve: Serve, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As udev does, from the moment that it is made: left behind, nobody would remove it."""
+    monkeypatch.setattr(kernel_nbd, "INDEXES", range(1500, 1510))
+    with unconnected(1500):
+        looking = os.open("/dev/nbd1500", os.O_RDONLY | os.O_CLOEXEC)
+        closing_it = threading.Timer(0.5, os.close, [looking])
+        closing_it.start()
+        device = attach(serve("file", image))
+        closing_it.join()
+        assert device == "/dev/nbd1500"
+        assert Path(device).read_bytes() == image.read_bytes()
+        kernel_nbd.detach(device)
+        wait_for(lambda: not Path("/sys/block/nbd1500").exists())
+
+
+def test_attach_device_that_somebody_keeps_open_is_passed_over(
+    serve: Serve, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_nbd, "INDEXES", range(1500, 1510))
+    monkeypatch.setattr(kernel_nbd, "_LOOKED_AT_S", 0.1)
+    with unconnected(1500), opened("/dev/nbd1500"):
+        device = attach(serve("file", image))
+        assert device == "/dev/nbd1501"
+        kernel_nbd.detach(device)
 
 
 def test_attach_all_devices_taken_says_so(

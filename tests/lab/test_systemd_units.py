@@ -89,7 +89,16 @@ SERVERS = "nbdkit|tgtd|qemu-storage"
 
 # the kernel keeps a device until udev, which looks at every change of it, has closed it
 NOTHING_LEFT = """
-until [[ ! -e /sys/block/nbd1000 ]]; do sleep 0.2; done
+for _ in {1..500}; do
+    [[ -e /sys/block/nbd1000 ]] || break
+    sleep 0.1
+done
+if [[ -e /sys/block/nbd1000 ]]; then
+    echo "nbd1000 stays; connected: $(cat /sys/block/nbd1000/pid); open in:" >&2
+    ls -l /proc/[0-9]*/fd 2>/dev/null | grep nbd1000 >&2
+    dmesg | tail -20 >&2
+    exit 1
+fi
 [[ -z $(ls /run/offload/*/views) ]]
 """
 
