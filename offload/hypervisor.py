@@ -50,6 +50,13 @@ class Hypervisor(Protocol):
         what was known comes as changes. Raises UnavailableError where that fails too."""
         ...
 
+    def find(self, wanted: str) -> str:
+        """The id of the one VM of this name, UUID or instance UUID, without reading the inventory.
+
+        Placeholders of ours are no candidates. Raises NotFoundError (`unknown-vm`, `ambiguous-vm`).
+        """
+        ...
+
     def machine(self, vm_id: str) -> Machine:
         """The settings of one VM now. Raises NotFoundError (`unknown-vm`)."""
         ...

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+FILE_MAX = 16 << 20  # bytes; OVMF's variables are half a MiB
 
 
 class DiskKind(StrEnum):
@@ -53,7 +57,8 @@ class Machine:
     """The settings of a VM at a point in time: enough to make it again elsewhere.
 
     `definition`: the domain's XML (libvirt; inactive, with security information left out), or the
-    text of the .vmx file (vSphere). `files`: what else belongs to it, by its role: `nvram`, base64.
+    text of the .vmx file (vSphere). `files`: what else belongs to it, by its role (`nvram`), packed
+    by `pack_file`.
     `summary`: for people and for checks, JSON values: cpus, memory_bytes, firmware (bios | uefi),
     secure_boot, guest, networks ([{name, mac, model}]), notes, tags, folder.
     """
@@ -92,6 +97,26 @@ class Machine:
         known = {name: fields[name] for name in cls.__slots__ if name in fields}
         known["disks"] = tuple(disk_from_dict(disk) for disk in known.get("disks", ()))
         return cls(**known)
+
+
+def pack_file(content: bytes) -> str:
+    """A small file for `Machine.files`: zlib (RFC 1950), then base64; firmware variables are mostly
+    empty. Raises ValueError for more than FILE_MAX bytes."""
+    if len(content) > FILE_MAX:
+        raise ValueError(f"a file of {len(content)} bytes is no setting of a VM")
+    return base64.b64encode(zlib.compress(content, 9)).decode("ascii")
+
+
+def unpack_file(packed: str) -> bytes:
+    """The inverse of `pack_file`. Raises ValueError."""
+    reader = zlib.decompressobj()
+    try:
+        content = reader.decompress(base64.b64decode(packed, validate=True), FILE_MAX + 1)
+    except zlib.error as error:
+        raise ValueError(f"a damaged file: {error}") from error
+    if len(content) > FILE_MAX or not reader.eof:
+        raise ValueError("a damaged file, or one that is no setting of a VM")
+    return content
 
 
 def disk_to_dict(disk: MachineDisk) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from offload.errors import IntegrityError, UnavailableError
 from offload.format.keys import Keys
 from offload.format.layout import manifest_name
 from offload.format.sealed import object_hash, seal_object, unseal_object
+from offload.machine import Machine
 from offload.model import Backup, BackupId, Consistency, ImageRecord, Instant
 
 VERSION = 1
@@ -26,6 +27,7 @@ class Manifest:
     previous: str | None = None  # hash of the newest manifest the writer saw: a chain
     software: str = ""
     copied_from: Mapping[str, str] | None = None  # {store, backup}: ids of what it is a copy of
+    machines: tuple[Machine, ...] = ()  # the settings of its VMs
 
 
 def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
@@ -50,7 +52,7 @@ def encode_manifest(manifest: Manifest, keys: Keys) -> bytes:
             "images": [_image_value(image) for image in b.images],
             "group_config": manifest.group_config,
             "file_index": None,
-            "vm_settings": None,
+            "vm_settings": [machine.to_dict() for machine in manifest.machines] or None,
             "previous": manifest.previous,
             "software": manifest.software,
             "copied_from": None if manifest.copied_from is None else dict(manifest.copied_from),
@@ -88,6 +90,7 @@ def decode_manifest(name: str, raw: bytes, keys: Keys, store: str) -> Manifest:
         backup = _backup(value, store)
         rest = (value["group_config"], value["timemark"], value["previous"], value["software"])
         origin = value.get("copied_from")
+        machines = tuple(Machine.from_dict(m) for m in value.get("vm_settings") or ())
     except (KeyError, ValueError, TypeError) as error:
         raise IntegrityError(f"{name} lacks {error}", code="bad-manifest") from error
     if name.rpartition("/")[2] != backup.id:
@@ -104,6 +107,7 @@ def decode_manifest(name: str, raw: bytes, keys: Keys, store: str) -> Manifest:
         previous=previous,
         software=software,
         copied_from=origin if origin is None else {str(k): str(v) for k, v in origin.items()},
+        machines=machines,
     )
 
 

@@ -47,6 +47,7 @@ from offload.ids import new_id
 from offload.image import Image
 from offload.instance import Instance
 from offload.journal import Operation, step
+from offload.machine import Machine
 from offload.model import (
     Backup,
     BackupId,
@@ -60,7 +61,7 @@ from offload.model import (
 from offload.origin import Origin, OriginKind, parse_origin
 from offload.progress import NoProgress, Progress
 from offload.quantity import Watermark
-from offload.services import director, points, stores, timemark
+from offload.services import director, machines, points, stores, timemark
 from offload.services.context import Context
 from offload.services.undo import dump
 from offload.snapshot import HoldsForChanged
@@ -211,21 +212,25 @@ class _Description:
     consistency: Consistency
     instant: Instant
     report: Mapping[str, object]
+    machines: tuple[Machine, ...]
     tags: tuple[str, ...] = ()
 
 
 def _description(ctx: Context, origin: Origin, mark: TimeMark | None) -> _Description:
     if mark is not None:
-        report = json.loads(json.dumps(asdict(mark), default=str))
+        report = json.loads(json.dumps(asdict(replace(mark, machines=())), default=str))
+        del report["machines"]  # they have a place of their own
         return _Description(
             group=mark.group, created_at=mark.created_at, timemark=mark.id,
             consistency=mark.consistency, instant=mark.instant, report=report,
+            machines=mark.machines,
         )  # fmt: skip
     known = ctx.catalog.backup(origin.id)
     return _Description(
         group=known.group, created_at=known.created_at, timemark=known.timemark,
         consistency=known.consistency, instant=known.instant,
         report={"copied_from": f"{known.store}/{known.id}"},
+        machines=machines.machines_of(ctx, origin),
     )  # fmt: skip
 
 
@@ -311,6 +316,7 @@ class _Run:
             timemark=what.report,
             previous=newest_manifest(self.repository),
             software=f"offload {__version__}",
+            machines=what.machines,
         )
         step("backup.manifest.before")
         raw = encode_manifest(manifest, self.repository.keys)

@@ -19,6 +19,7 @@ from offload.format.layout import decode_parameters, encode_parameters, new_para
 from offload.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_hash
 from offload.format.pack import Entry
 from offload.format.sealed import object_hash, seal, seal_object, unseal, unseal_object
+from offload.machine import DiskKind, Machine, MachineDisk, pack_file
 from offload.model import Backup, BackupId, Consistency, ImageRecord, Instant
 
 _KEYS = derive_keys(bytes(range(32)))
@@ -115,10 +116,21 @@ def test_sealed_object_of_an_older_key_version_opens_and_of_an_unknown_one_does_
     assert caught.value.code == "key-version-unknown"
 
 
+def _machine() -> Machine:
+    disk = MachineDisk(
+        name="scsi0:1", kind=DiskKind.FLAT, path="[ds1] web/web-000001.vmdk", size_bytes=1 << 30,
+        volume="ds1", luns=("naa.1", "naa.2"), chain=("[ds1] web/web.vmdk",),
+    )  # fmt: skip
+    return Machine(
+        name="web", kind="vsphere", hypervisor="vc", id="vm-7", uuid="564d", definition="a = 1",
+        files={"nvram": pack_file(bytes(1000))}, disks=(disk,), summary={"cpus": 2},
+    )  # fmt: skip
+
+
 def test_manifest_round_trip_and_every_flipped_bit_is_noticed() -> None:
     manifest = Manifest(
         backup=_backup(), group_config={"groups": {}}, timemark={"id": "kkkkkkkkkk", "x": 1},
-        previous="cd" * 32, software="offload 0",
+        previous="cd" * 32, software="offload 0", machines=(_machine(),),
     )  # fmt: skip
     raw = encode_manifest(manifest, _KEYS)
     name = layout.manifest_name("abcdefghjk")
