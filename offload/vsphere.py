@@ -156,7 +156,16 @@ class Vsphere:
 
     def vm(self, moref: str) -> Any:
         """The virtual machine of a reference that `find_vm` gave once (its `_moId`)."""
-        return vim.VirtualMachine(moref, self._stub)
+        return self.ref(vim.VirtualMachine, moref)
+
+    def ref(self, kind: Any, moref: str) -> Any:
+        """A managed object by its reference, which outlives sessions."""
+        return kind(moref, self._stub)
+
+    @property
+    def content(self) -> Any:
+        """The service's managers (`ServiceContent`)."""
+        return self._content
 
     def _all_vms(self) -> Iterator[tuple[Any, str, str]]:
         """Reference, name, instance UUID. Templates have no writers."""
