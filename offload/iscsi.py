@@ -17,6 +17,8 @@ from offload.secret_file import read_secret
 VENDOR = "OFFLOAD"  # SPC-4, standard INQUIRY: 8 bytes
 PRODUCT = "TimeView"  # 16 bytes
 REVISION = "1"  # 4 bytes
+T10_DIGITS = 28  # of the serial number in tgtd's T10 id: it takes 36 bytes, 8 for the vendor
+TGT_TID_DIGITS = 7  # and in the number of its targets: an NAA id of type 3 holds 28 bits of it
 CHAP_SECRET_MIN = 12  # bytes; RFC 7143, 9.2.1: 96 bits. Initiators refuse less.
 CHAP_SECRET_MAX = 255
 
@@ -44,6 +46,24 @@ class Chap:
 def identity(view_id: str) -> Identity:
     """The SCSI identity of a view, made of its id alone."""
     return Identity(serial=hashlib.sha256(f"offload view {view_id}".encode()).hexdigest()[:32])
+
+
+def canonical_names(target: str, view_id: str) -> tuple[str, ...]:
+    """How a vSphere host may name a view that this target presents, its likeliest choice first.
+
+    It names a disk by what VPD page 83h says (vSphere Storage, "Storage device identifiers"):
+    `naa.…` or `t10.…`. LIO (drivers/target/target_core_spc.c) has an NAA of type 6 that begins with
+    its own 6001405 and goes on with the serial number. tgtd (usr/spc.c, update_vpd_83) makes one of
+    type 6 of the last 32 characters of the T10 id, read as hexadecimal digits, 0 where it is none,
+    and the type written over the first bits: of `OAD ` that leaves 6ad0; and one of type 3, local,
+    of the target's and the LUN's number. Which of them ESXi takes is not tried on a real one.
+    """
+    serial = identity(view_id).serial
+    text = f"{VENDOR:_<8}{serial[:T10_DIGITS]}"
+    if target == "tgt":
+        local = f"naa.3{serial[:TGT_TID_DIGITS]}{1:08x}"
+        return (f"naa.6ad0{serial[:T10_DIGITS]}", local, f"t10.{text}")
+    return (f"naa.6001405{serial[:25]}",)
 
 
 def load_chap(config: IscsiConfig) -> Chap | None:

@@ -46,9 +46,7 @@ from targets.tgt_mgmt import (
 from targets.tgt_server import PortalServer
 
 _LUN = 1
-_TID_DIGITS = 7  # hexadecimal: 28 bits. The NAA id of type 3 holds them behind its type.
-_VENDOR_BYTES = 8  # SPC-4, 7.8.6.4: a T10 id starts with the vendor; tgtd takes 36 bytes in all
-_ID_DIGITS = 28
+_VENDOR_BYTES = 8  # SPC-4, 7.8.6.4: a T10 id starts with the vendor
 _UNIT = "lun"
 _PORTAL = "portal"
 
@@ -175,7 +173,7 @@ class TgtTarget:
         (request.run_dir / _UNIT).symlink_to(opened.path)
         iqn = view_iqn(self._config.iqn_prefix, self._instance, request.name, request.view_id)
         # tgtd takes 0 for a discovery
-        tid = int(iscsi.identity(request.view_id).serial[:_TID_DIGITS], 16) or 1
+        tid = int(iscsi.identity(request.view_id).serial[: iscsi.TGT_TID_DIGITS], 16) or 1
         server = self._server(request.exposure)
         with server.alone():
             ref = server.running()  # before the view is bound to it: a silent one is not ours yet
@@ -291,7 +289,7 @@ def _attributes(request: ExportRequest) -> dict[str, str]:
         "product_id": known.product,
         "product_rev": known.revision,
         "scsi_sn": known.serial,
-        "scsi_id": f"{known.vendor:<{_VENDOR_BYTES}}{known.serial[:_ID_DIGITS]}",
+        "scsi_id": f"{known.vendor:<{_VENDOR_BYTES}}{known.serial[: iscsi.T10_DIGITS]}",
         "lbppbe": "0",  # physical sectors as large as logical ones, whatever the file system has
         "removable": "0",
         "readonly": "0" if request.writable else "1",

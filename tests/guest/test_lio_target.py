@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from offload.errors import IntegrityError, NotFoundError, OffloadError, UsageError
-from offload.iscsi import identity
+from offload.iscsi import canonical_names, identity
 from offload.model import BackupSource, NbdSource, Qcow2Source, RawSource
 from offload.run import run, spawn, terminate
 from offload.target import ExportRequest, Target
@@ -75,6 +75,7 @@ def test_identity_is_the_views_own_and_lasts(lio: Site) -> None:
     naa = pages[pages.index(b"\x01\x03\x00\x10") + 4 :][:16].hex()
     assert naa.startswith("6001405")
     assert naa[7:] == identity("v1").serial[:25]
+    assert canonical_names("lio", "v1") == (f"naa.{naa}",)
     lio.withdraw(request)
 
     again = lio.export(request)

@@ -202,6 +202,10 @@ def test_view_is_a_disk_with_an_identity_of_its_own_that_outlives_servers(site: 
     designators = [_designators(page) for page in (first[2], other[2])]
     assert designators[0].keys() == designators[1].keys() == {(1, 36), (3, 8), (3, 16)}
     assert all(designators[0][key] != designators[1][key] for key in designators[0])
+    naa, local, t10 = iscsi.canonical_names("tgt", "v1")
+    assert naa == f"naa.{designators[0][3, 16].hex()}"
+    assert local == f"naa.{designators[0][3, 8].hex()}"
+    assert t10 == f"t10.{designators[0][1, 36].decode().replace(' ', '_')}"
     site.withdraw("v2")
     site.withdraw("v1")
     again = site.export()  # the other way round, from another server
