@@ -20,8 +20,8 @@ from offload.errors import BusyError, PrivilegeError, UsageError
 from offload.extents import Ranges, normalize, total
 from offload.format.delta import SECTOR
 from offload.format.tree import Leaf
-from offload.instance import Instance
 from offload.ids import new_id
+from offload.instance import Instance
 from offload.journal import Operation
 from offload.model import Backup, ImageRecord
 from offload.services import legalholds, locks, stores, timemark

@@ -2,9 +2,9 @@
 
 The store says what is held; the catalog's copy is for lists. A hold is placed, then it is looked
 for who may be deleting the backup; a deletion says that it begins, then looks for a hold
-(`offload/engine/deletions.py`). Whoever has begun is waited for: either the backup goes, or the hold
-was seen. So a hold that was reported is good, and who has not ended in time makes it an error that
-leaves the hold in place.
+(`offload/engine/deletions.py`). Whoever has begun is waited for: either the backup goes, or the
+hold was seen. So a hold that was reported is good. Who does not end in time makes it an error, and
+the hold stays.
 
 A hold that is there may be another's unfinished one; whoever finds it tells his user that the
 backup is held. So no recovery takes a hold from a backup that there is: a placing or a release that

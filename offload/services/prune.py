@@ -186,8 +186,7 @@ class _Prune:
         roots = self._find_roots()
         roots = settle(self.repository, self.store, roots, pin.id, self.now)
         verdicts = self._judge(roots, rules, note=True)
-        for number, gone in enumerate((v.backup for v in verdicts if not v.kept), 1):
-            finished.erase(self.ctx, op, self.repository, gone, number=number)
+        verdicts = self._forget(op, verdicts)
         for ident in roots.void:
             self.repository.store.delete(layout.manifest_name(ident))
         for name in void_folds(self.repository.store):
@@ -272,6 +271,17 @@ class _Prune:
                 "bring them back; if they were deleted elsewhere: "
                 f"offload store check {self.store} --rebuild-catalog",
             )
+
+    def _forget(self, op: Operation, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """Delete what the rules do not keep; a hold that was placed meanwhile does."""
+        stay = {
+            v.backup.id
+            for number, v in enumerate((v for v in verdicts if not v.kept), 1)
+            if not finished.erase(self.ctx, op, self.repository, v.backup, number=number)
+        }
+        return [
+            replace(v, reasons=("held",), missed=()) if v.backup.id in stay else v for v in verdicts
+        ]
 
     def _mark(self, roots: Roots) -> None:
         self.progress.start("marking", None)

@@ -172,7 +172,7 @@ class Site:
             self.taken[ended.out] = self.now()
         found = list(dict.fromkeys(trace.read_text().splitlines()))
         trace.unlink()
-        heads = ("writer.", "store.", "backup.", "prune.", "backup-delete.")
+        heads = ("writer.", "store.", "backup.", "prune.", "deletion.")
         repeated = re.compile(r"erase-([2-9]|1\d)|image\.")  # how often depends on what there is
         return [s for s in found if s.startswith(heads) and not repeated.search(s)]
 

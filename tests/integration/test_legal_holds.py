@@ -12,7 +12,8 @@ import pytest
 
 from offload.catalog.store import Catalog
 from offload.engine.repository import Repository
-from offload.errors import BusyError, IntegrityError, NotFoundError
+from offload.engine.writing import take_back_late
+from offload.errors import BusyError, IntegrityError, NotFoundError, PrivilegeError
 from offload.format import layout
 from offload.format.layout import encode_parameters, new_parameters
 from offload.format.legalhold import decode_hold, encode_hold
@@ -47,11 +48,13 @@ min_free = "0%"
 SCRIPT = """
 import sys
 from pathlib import Path
-from offload.services import legalholds
+from offload.services import backups, legalholds
 from offload.services.context import open_context
 with open_context(Path(sys.argv[1])) as ctx:
     if sys.argv[2] == "hold":
         legalholds.hold(ctx, [sys.argv[3]], "case 7")
+    elif sys.argv[2] == "delete":
+        backups.delete(ctx, [sys.argv[3]])
     else:
         legalholds.release(ctx, [sys.argv[3]])
 """
@@ -131,23 +134,150 @@ def test_hold_of_a_backup_that_went_meanwhile_holds_nothing(ctx: Context) -> Non
     assert ctx.catalog.holds() == {}
 
 
-def test_hold_placed_while_the_manifest_was_being_deleted_brings_it_back(
+def test_deletion_that_finds_a_hold_after_its_note_leaves_all_as_it_was(
     ctx: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (ident,) = _backups(ctx, 1)
-    name = layout.manifest_name(ident)
+    put = DiskStore.put
+
+    def placed_in_between(store: DiskStore, name: str, parts: list[bytes]) -> int:
+        done = put(store, name, parts)
+        if name.startswith(layout.DELETED):
+            put(store, layout.hold_name(ident), [b"of another host"])
+        return done
+
+    monkeypatch.setattr(DiskStore, "put", placed_in_between)
+    with pytest.raises(BusyError) as caught:
+        backups.delete(ctx, [ident])
+    assert caught.value.code == "backup-held"
+    assert _objects(ctx).exists(layout.manifest_name(ident))
+    assert list(_objects(ctx).list(layout.DELETED)) == []
+    assert [b.id for b in ctx.catalog.backups()] == [ident]
+
+
+def test_prune_that_finds_a_hold_after_its_note_says_that_the_backup_is_kept(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = _backups(ctx, 2)
+    put = DiskStore.put
+
+    def placed_in_between(store: DiskStore, name: str, parts: list[bytes]) -> int:
+        done = put(store, name, parts)
+        if name.startswith(layout.DELETED):
+            put(store, layout.hold_name(old), [b"of another host"])
+        return done
+
+    monkeypatch.setattr(DiskStore, "put", placed_in_between)
+    report = prune(ctx, "main", rules=KeepRules(last=1))
+    assert {v.backup.id: (v.kept, v.reasons) for v in report.verdicts} == {
+        old: (True, ("held",)),
+        new: (True, ("newest", "last 1")),
+    }
+    assert {b.id for b in ctx.catalog.backups()} == {old, new}
+
+
+def _noted(ctx: Context, ident: str) -> str:
+    """A deletion by another host has begun; the name of its note."""
+    with stores.opened(ctx, "main", exclusive=False) as repository:
+        name = layout.deletion_name(ident, "dother0000")
+        note = {"backup": ident, "host": "elsewhere", "at": "2026-01-02T03:04:05+00:00"}
+        repository.put_sealed(name, {"format": "offload-deletion", "version": 1, **note})
+    return name
+
+
+@pytest.mark.parametrize("ends_by", [layout.MANIFESTS, layout.DELETED])
+def test_hold_beside_a_deletion_that_has_begun_waits_for_its_end(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch, ends_by: str
+) -> None:
+    (ident,) = _backups(ctx, 1)
+    goes = layout.manifest_name(ident)
+    note = _noted(ctx, ident)
+
+    def the_other_ends() -> Iterator[None]:
+        yield
+        _objects(ctx).delete(goes if ends_by == layout.MANIFESTS else note)
+        yield
+        raise AssertionError("it waits though it need not")
+
+    monkeypatch.setattr(legalholds, "_attempts", the_other_ends)
+    if ends_by == layout.DELETED:
+        assert [h.backup for h in legalholds.hold(ctx, [ident])] == [ident]
+        return
+    with pytest.raises(NotFoundError, match="nothing is held"):
+        legalholds.hold(ctx, [ident])
+    assert list(_objects(ctx).list(layout.HOLDS)) == []
+
+
+def test_hold_beside_a_deletion_that_does_not_end_stays_and_says_so(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, _ = _backups(ctx, 2)
+    note = _noted(ctx, old)
+    monkeypatch.setattr(legalholds, "WAIT_S", 0.0)
+    for _ in range(2):  # also where the hold is there already
+        with pytest.raises(BusyError, match="deleted by elsewhere, since 2026-01-02T03:04Z") as it:
+            legalholds.hold(ctx, [old])
+        assert it.value.code == "hold-unsure"
+    prune(ctx, "main", rules=KeepRules(last=1))
+    assert _objects(ctx).exists(layout.manifest_name(old))
+    _objects(ctx).delete(note)
+    assert [h.backup for h in legalholds.hold(ctx, [old])] == [old]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_deletion_killed_after_its_note_is_finished_or_withdrawn_by_the_next_command(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    (ident,) = _backups(ctx, 1)
+    _killed(ctx, tmp_path, "delete", ident, "deletion.noted")
+    assert _objects(ctx).exists(layout.manifest_name(ident))
+    if held:
+        monkeypatch.setattr(legalholds, "WAIT_S", 0.0)
+        with pytest.raises(BusyError, match="may be too late"):
+            legalholds.hold(ctx, [ident])  # this host's other command, before any recovery
+    ctx.journal.recover()  # as `prune`, and each command that changes something, begins
+    assert _objects(ctx).exists(layout.manifest_name(ident)) == held
+    assert (list(_objects(ctx).list(layout.deletions_folder(ident))) == []) == held
+    assert [b.id for b in ctx.catalog.backups()] == [ident] * held
+    if held:
+        assert [h.backup for h in legalholds.hold(ctx, [ident])] == [ident]
+
+
+def test_deletion_that_the_store_refuses_leaves_no_note(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ident,) = _backups(ctx, 1)
     delete = DiskStore.delete
 
-    def placed_in_between(store: DiskStore, gone: str) -> None:
-        delete(store, gone)
-        if gone == name:
-            store.put(layout.hold_name(ident), [b"of another host"])
+    def refused(store: DiskStore, name: str) -> None:
+        if name == layout.manifest_name(ident):
+            raise PrivilegeError("denied", code="store-denied")
+        delete(store, name)
 
-    monkeypatch.setattr(DiskStore, "delete", placed_in_between)
-    raw = _objects(ctx).get(name)
-    backups.delete(ctx, [ident])
-    assert _objects(ctx).get(name) == raw
-    assert [b.id for b in ctx.catalog.backups()] == [ident]
+    monkeypatch.setattr(DiskStore, "delete", refused)
+    with pytest.raises(PrivilegeError):
+        backups.delete(ctx, [ident])
+    assert list(_objects(ctx).list(layout.DELETED)) == []
+
+
+def test_writer_that_takes_its_backup_back_leaves_it_where_there_is_a_hold(ctx: Context) -> None:
+    (ident,) = _backups(ctx, 1)
+    _objects(ctx).put(layout.fence_name(ident, "pother0000"), [b"of a prune"])
+    with stores.opened(ctx, "main", exclusive=False) as repository:
+        _objects(ctx).put(layout.hold_name(ident), [b"of another host"])
+        take_back_late(repository, ident)
+        assert repository.store.exists(layout.manifest_name(ident))
+        _objects(ctx).delete(layout.hold_name(ident))
+        take_back_late(repository, ident)
+        assert not repository.store.exists(layout.manifest_name(ident))
+
+
+def test_hold_of_a_backup_that_a_prune_has_given_up_holds_nothing(ctx: Context) -> None:
+    (ident,) = _backups(ctx, 1)
+    _objects(ctx).put(layout.void_name(ident), [b"of a prune"])
+    with pytest.raises(NotFoundError, match="nothing is held"):
+        legalholds.hold(ctx, [ident])
+    assert list(_objects(ctx).list(layout.HOLDS)) == []
 
 
 def test_hold_that_cannot_be_read_holds(ctx: Context) -> None:
