@@ -147,12 +147,26 @@ class BackupHost(Protocol):
         """What stands now. Raises UnavailableError."""
         ...
 
-    def create(self, machine: Machine, disks: Mapping[str, str], name: str, step: Step) -> str:
-        """Register a real VM (not a placeholder) from its settings: a restore. `disks`: where each
-        disk lies now, by its name: a path that this host can use. Its id. UUIDs and MACs are
-        fresh unless nothing else has them. Raises BusyError (`name-taken`), UsageError."""
+    def check_create(self, machine: Machine, disks: Mapping[str, str], name: str) -> list[str]:
+        """Refuse what `create` would refuse, before anything is restored for it; warnings: what of
+        the settings this host cannot have. `disks` need not be there yet. Changes nothing.
+
+        Raises BusyError (`name-taken`), UsageError, and what `check` raises.
+        """
         ...
 
-    def destroy(self, vm_id: str) -> None:
-        """Take a VM that `create` made from the host's list; its disks stay. Idempotent."""
+    def create(
+        self, machine: Machine, disks: Mapping[str, str], name: str, mark: str, step: Step
+    ) -> str:
+        """Register a real VM (not a placeholder) from its settings: a restore. It is not started.
+
+        `disks`: where each disk lies now, by its name: a path, or the URI of a TimeView, that this
+        host can use; a disk that is not in it is left out. UUIDs and MACs are fresh unless nothing
+        else has them. `mark` is put with it, and `destroy` finds it by that alone. Its id.
+        """
+        ...
+
+    def destroy(self, mark: str) -> None:
+        """Take the VM that `create` made with this mark from the host's list, half made or whole;
+        its disks stay. Idempotent. Raises CleanupError."""
         ...
