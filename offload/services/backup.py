@@ -312,7 +312,7 @@ class _Run:
         )
         manifest = Manifest(
             backup=done,
-            group_config=_group_config(self.ctx, what.group),
+            group_config=_group_config(self.ctx, what.group, [i.volume for i in self.records]),
             timemark=what.report,
             previous=newest_manifest(self.repository),
             software=f"offload {__version__}",
@@ -497,19 +497,27 @@ def _no_parent(reason: str) -> _Parent:
     return _Parent(backup="", tree=None, changed=None, reason=reason)
 
 
-def _group_config(ctx: Context, group: str) -> dict[str, object]:
-    """The group's part of the configuration, so that a bare machine can go on from the store."""
+def _group_config(ctx: Context, group: str, images: Sequence[str]) -> dict[str, object]:
+    """The group's part of the configuration, so that a bare machine can go on from the store.
+    `images`: volumes of the backup, which the group may have looked up."""
     config = ctx.instance.config
     if group not in config.groups:
         return {}
     entry = config.groups[group]
-    return {
+    names = [name for name in (*entry.volumes, *images) if name in config.volumes]
+    found: dict[str, object] = {
         "groups": {group: entry.model_dump(mode="json", exclude_defaults=True)},
         "volumes": {
             name: config.volumes[name].model_dump(mode="json", exclude_defaults=True)
-            for name in entry.volumes
+            for name in dict.fromkeys(names)
         },
     }
+    if entry.hypervisor is not None:
+        asked = config.hypervisor(entry.hypervisor)
+        found["hypervisors"] = {
+            entry.hypervisor: asked.model_dump(mode="json", exclude_defaults=True)
+        }
+    return found
 
 
 def newest_manifest(repository: Repository) -> str | None:

@@ -142,9 +142,11 @@ def configuration(address: Address, state_dir: Path) -> tuple[str, str]:
     newest = _newest_of_each_group(address)
     groups: dict[str, Any] = {}
     volumes: dict[str, Any] = {}
+    hypervisors: dict[str, Any] = {}
     for manifest in newest.values():
         groups.update(manifest.group_config.get("groups", {}))
         volumes.update(manifest.group_config.get("volumes", {}))
+        hypervisors.update(manifest.group_config.get("hypervisors", {}))
     name = _store_name(groups)
     for group in groups.values():
         group.pop("store", None)
@@ -153,6 +155,7 @@ def configuration(address: Address, state_dir: Path) -> tuple[str, str]:
         "state_dir": str(state_dir),
         "volumes": volumes,
         "groups": groups,
+        **({"hypervisors": hypervisors} if hypervisors else {}),
         "stores": {name: address.table()},
     }
     return _HEAD + tomli_w.dumps(value), name

@@ -26,6 +26,7 @@ from offload.config import GroupConfig
 from offload.errors import OffloadError, PolicyError
 from offload.ids import new_id
 from offload.journal import Operation, step
+from offload.machine import Machine
 from offload.model import (
     Consistency,
     Instant,
@@ -37,8 +38,9 @@ from offload.model import (
 )
 from offload.progress import NoProgress, Progress
 from offload.quiesce import Quiescer
-from offload.services import pools
+from offload.services import groups, pools
 from offload.services.context import Context
+from offload.services.groups import Resolved
 from offload.services.held import Held, Holding
 from offload.services.undo import dump
 from offload.snapshot import Plan, SnapshotProvider, VolumeState
@@ -52,6 +54,8 @@ class CreateOptions:
     keep: bool = False
     purpose: str = "user"
     id: str | None = None  # chosen beforehand by a caller that journals it
+    resolved: Resolved | None = None  # looked up beforehand, with `machines`
+    machines: tuple[Machine, ...] | None = None
 
 
 def create(
@@ -63,7 +67,8 @@ def create(
     """Take a TimeMark of a group.
 
     Raises PolicyError (`not-atomic`, `consistency-not-reached`, `pool-full`, `snapshot-too-slow`),
-    and what providers and quiescers raise; then nothing is left behind and all is thawed.
+    what `groups.resolve` raises, and what providers and quiescers raise; then nothing is left
+    behind and all is thawed.
     """
     return _Director(ctx, group, options or CreateOptions(), progress or NoProgress()).run()
 
@@ -76,13 +81,15 @@ class _Director:
         self.name = group
         self.options = options
         self.progress = progress
-        self.config: GroupConfig = ctx.instance.config.group(group)
+        self.resolved = options.resolved or groups.resolve(ctx, group)
+        self.config: GroupConfig = self.resolved.config
         self.id = TimeMarkId(options.id or new_id())
         self.least = options.consistency or self.config.consistency
         self.volumes = [ctx.instance.config.volume(v) for v in self.config.volumes]
         self.freeze_ms = 0.0
         self.taken_at = datetime.now(UTC)  # of the snapshots
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(self.resolved.notes)
+        self.machines = options.machines or ()
 
     def run(self) -> TimeMark:
         providers = self._providers()
@@ -99,6 +106,7 @@ class _Director:
             self.warnings += [note for _, plan in plans for note in plan.notes]
             self._refuse_early(plans, held.entries, states)
             self._raise_fatal(plans, held)
+            self._keep_settings()
             with self.ctx.journal.operation("timemark", self.name) as op:
                 self._announce(op, plans, held.entries)
                 for provider, plan in plans:
@@ -131,7 +139,8 @@ class _Director:
         for entry in self.config.quiesce:
             made.append(compose.quiescer(entry, self.config.volumes, self.ctx.instance))
             stack.callback(made[-1].close)
-        for name, vm in self.ctx.instance.config.vms_of(self.name).items():
+        config = self.ctx.instance.config
+        for name, vm in groups.to_quiesce(config, self.resolved, self.least).items():
             least = self.options.consistency or vm.consistency or self.least
             made.append(
                 compose.vm_quiescer(name, vm, least, self.config.volumes, self.ctx.instance)
@@ -144,6 +153,16 @@ class _Director:
                     f"{self.name}: its image is not whole"
                 )
         return made
+
+    def _keep_settings(self) -> None:
+        """Of its VMs, before anything is frozen. A TimeMark without them is better than none."""
+        known = self.ctx.instance.config.vms_of(self.name)
+        if self.options.machines is not None or not (self.resolved.vms or known):
+            return
+        from offload.services import machines  # the engine with it
+
+        self.machines, warnings = machines.capture(self.ctx, self.resolved.chosen, self.name)
+        self.warnings += warnings
 
     # -- before the freeze -----------------------------------------------------------------------
 
@@ -309,6 +328,7 @@ class _Director:
             keep=self.options.keep,
             reports=reports,
             warnings=tuple(dict.fromkeys(self.warnings)),
+            machines=self.machines,
         )
 
     def _levels(
