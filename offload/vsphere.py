@@ -1,8 +1,8 @@
-"""A vCenter server, or one ESXi host, through its SOAP API: what VM snapshots need of it.
+"""A vCenter server, or one ESXi host, through its SOAP API: a session, properties, tasks.
 
-Sources: the vSphere Web Services API reference (VirtualMachine, VirtualMachineSnapshot, Task,
-PropertyCollector). The API of vSphere 6.5 is spoken, which all later servers understand; it has
-CreateSnapshotEx_Task. Nothing of this has met a real ESXi: see docs/howto/quiesce-hypervisors.md.
+Sources: the vSphere Web Services API reference (ServiceInstance, PropertyCollector, Task). The API
+of vSphere 6.5 is spoken, which all later servers understand. Nothing of this has met a real ESXi:
+see docs/howto/quiesce-hypervisors.md.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import hashlib
 import math
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from http.client import HTTPException
+from http.client import HTTPException, HTTPSConnection
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,9 +33,8 @@ from offload.secret_file import read_secret
 _VERSION = "vim.version.version11"  # 6.5
 _CALL_S = 30  # of one request; longer than a wait for changes
 _WAIT_S = 10  # of one wait for changes
-_RETRY_S = 0.5
-_PAGE = 500  # virtual machines in one answer
-_CREATE = "VirtualMachine.createSnapshot"  # how recentTask names it, Ex or not
+_PAGE = 500  # objects in one answer
+_IDENTITY = ("name", "config.instanceUuid", "config.template")
 
 
 class TaskLateError(UnavailableError):
@@ -59,7 +58,8 @@ class _PinnedContext(ssl.SSLContext):
         if found != self.sha256:
             made.close()
             raise ssl.SSLCertVerificationError(
-                f"its certificate has the thumbprint {found.hex(':').upper()}"
+                f"its certificate has the thumbprint {found.hex(':').upper()}, "
+                f"not {self.sha256.hex(':').upper()}"
             )
         return made
 
@@ -88,28 +88,30 @@ class Vsphere:
         UnavailableError (`vsphere-unavailable`)."""
         password = read_secret(config.password_file, f"password of {config.server}")
         self.server = config.server
-        self._stub = SoapStubAdapter(
+        self._port = config.port
+        self._context = _tls(config)
+        self.stub = SoapStubAdapter(
             host=config.server,
             port=config.port,
             version=_VERSION,
-            sslContext=_tls(config),
+            sslContext=self._context,
             httpConnectionTimeout=_CALL_S,
         )
         try:
             with self.translated(f"{config.server} does not let us in"):
-                self._service: Any = vim.ServiceInstance("ServiceInstance", self._stub)
-                self._content: Any = self._service.RetrieveContent()
-                sessions: Any = self._content.sessionManager
+                self._service: Any = vim.ServiceInstance("ServiceInstance", self.stub)
+                self.content: Any = self._service.RetrieveContent()
+                sessions: Any = self.content.sessionManager
                 sessions.Login(config.user, password.get_secret_value(), None)
         except BaseException:
-            self._stub.DropConnections()
+            self.stub.DropConnections()
             raise
 
     def close(self) -> None:
         """Log out. Never raises."""
         with contextlib.suppress(OffloadError), self.translated("logout"):
-            self._content.sessionManager.Logout()
-        self._stub.DropConnections()
+            self.content.sessionManager.Logout()
+        self.stub.DropConnections()
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +130,55 @@ class Vsphere:
             now: datetime = self._service.CurrentTime()
             return now
 
+    @property
+    def is_vcenter(self) -> bool:
+        """Else it is one ESXi host."""
+        return bool(self.content.about.apiType == "VirtualCenter")
+
+    def connection(self) -> HTTPSConnection:
+        """Another connection to the same server, under the same rules of trust; not open yet."""
+        return HTTPSConnection(self.server, self._port, context=self._context, timeout=_CALL_S)
+
+    # -- properties ------------------------------------------------------------------------------
+
+    def read(self, managed: Any, *paths: str) -> dict[str, Any]:
+        """These properties of one object, in one call; those that are unset are left out."""
+        kinds = vmodl.query.PropertyCollector
+        wanted = kinds.FilterSpec(
+            objectSet=[kinds.ObjectSpec(obj=managed)],
+            propSet=[kinds.PropertySpec(type=type(managed), pathSet=list(paths))],
+        )
+        found = self.content.propertyCollector.RetrievePropertiesEx(
+            [wanted], kinds.RetrieveOptions(maxObjects=1)
+        )
+        if found is None or not found.objects:
+            raise vmodl.fault.ManagedObjectNotFound(obj=managed)
+        return values_of(found.objects[0])
+
+    def collect(self, kind: Any, paths: Sequence[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """All objects of a kind that this user may see, with these properties; in pages."""
+        view = self.view([kind])
+        wanted = view_filter(view, {kind: paths})
+        kinds = vmodl.query.PropertyCollector
+        collector = self.content.propertyCollector
+        try:
+            page = collector.RetrievePropertiesEx([wanted], kinds.RetrieveOptions(maxObjects=_PAGE))
+            while page is not None:
+                for found in page.objects:
+                    yield found.obj, values_of(found)
+                if not page.token:
+                    return
+                page = collector.ContinueRetrievePropertiesEx(page.token)
+        finally:
+            with contextlib.suppress(vmodl.MethodFault, OSError, HTTPException):
+                view.DestroyView()
+
+    def view(self, kinds: Sequence[Any]) -> Any:
+        """A view of all objects of these kinds; it goes with the session."""
+        return self.content.viewManager.CreateContainerView(
+            self.content.rootFolder, list(kinds), recursive=True
+        )
+
     # -- virtual machines ------------------------------------------------------------------------
 
     def find_vm(self, wanted: str) -> Any:
@@ -139,8 +190,13 @@ class Vsphere:
         with self.translated(f"the VM {wanted}"):
             found = [
                 vm
-                for vm, name, instance_uuid in self._all_vms()
-                if wanted == name or wanted.lower() == instance_uuid.lower()
+                for vm, fields in self.collect(vim.VirtualMachine, _IDENTITY)
+                # templates have no writers
+                if not fields.get("config.template", False)
+                and (
+                    wanted == fields.get("name")
+                    or wanted.lower() == fields.get("config.instanceUuid", "").lower()
+                )
             ]
         if not found:
             raise NotFoundError(
@@ -156,58 +212,7 @@ class Vsphere:
 
     def vm(self, moref: str) -> Any:
         """The virtual machine of a reference that `find_vm` gave once (its `_moId`)."""
-        return self.ref(vim.VirtualMachine, moref)
-
-    def ref(self, kind: Any, moref: str) -> Any:
-        """A managed object by its reference, which outlives sessions."""
-        return kind(moref, self._stub)
-
-    @property
-    def content(self) -> Any:
-        """The service's managers (`ServiceContent`)."""
-        return self._content
-
-    def _all_vms(self) -> Iterator[tuple[Any, str, str]]:
-        """Reference, name, instance UUID. Templates have no writers."""
-        view = self._content.viewManager.CreateContainerView(
-            self._content.rootFolder, [vim.VirtualMachine], recursive=True
-        )
-        try:
-            for found in self._pages(view):
-                fields = {p.name: p.val for p in found.propSet}
-                if not fields.get("config.template", False):
-                    yield found.obj, fields.get("name", ""), fields.get("config.instanceUuid", "")
-        finally:
-            view.DestroyView()
-
-    def _pages(self, view: Any) -> Iterator[Any]:
-        collector = vmodl.query.PropertyCollector
-        wanted = collector.FilterSpec(
-            objectSet=[
-                collector.ObjectSpec(
-                    obj=view,
-                    skip=True,
-                    selectSet=[
-                        collector.TraversalSpec(
-                            name="view", type=vim.view.ContainerView, path="view", skip=False
-                        )
-                    ],
-                )
-            ],
-            propSet=[
-                collector.PropertySpec(
-                    type=vim.VirtualMachine,
-                    pathSet=["name", "config.instanceUuid", "config.template"],
-                )
-            ],
-        )
-        options = collector.RetrieveOptions(maxObjects=_PAGE)
-        page = self._content.propertyCollector.RetrievePropertiesEx([wanted], options)
-        while page is not None:
-            yield from page.objects
-            if not page.token:
-                return
-            page = self._content.propertyCollector.ContinueRetrievePropertiesEx(page.token)
+        return vim.VirtualMachine(moref, self.stub)
 
     # -- tasks -----------------------------------------------------------------------------------
 
@@ -230,7 +235,7 @@ class Vsphere:
     @contextlib.contextmanager
     def _watching(self, task: Any) -> Iterator[Callable[[float], dict[str, Any]]]:
         """What has changed of a task, waiting for it for so many seconds."""
-        collector = self._content.propertyCollector.CreatePropertyCollector()
+        collector = self.content.propertyCollector.CreatePropertyCollector()
         kinds = vmodl.query.PropertyCollector
         collector.CreateFilter(
             kinds.FilterSpec(
@@ -267,78 +272,6 @@ class Vsphere:
             with contextlib.suppress(vmodl.MethodFault, OSError, HTTPException):
                 collector.DestroyPropertyCollector()
 
-    # -- snapshots -------------------------------------------------------------------------------
-
-    def create_quiesced(self, vm: Any, name: str, description: str, until: float) -> Any:
-        """A snapshot without memory, the guest's file systems quiesced by VMware Tools; its entry
-        in the tree of snapshots.
-
-        A VM that is busy with another task is tried again until then. Raises UnavailableError
-        (`quiesce-failed`, `vsphere-late`: the snapshot may appear later).
-        """
-        what = f"a quiesced snapshot of VM {vm.name}"
-        while True:
-            try:
-                with self.translated(what):
-                    task = vm.CreateSnapshotEx_Task(
-                        name=name,
-                        description=description,
-                        memory=False,
-                        quiesceSpec=_quiesce_spec(vm.guest.guestFamily),
-                    )
-                self.wait(task, until, what)
-                break
-            except UnavailableError as error:
-                busy = isinstance(error.__cause__, vim.fault.TaskInProgress)
-                if not busy or time.monotonic() + _RETRY_S > until:
-                    raise
-                time.sleep(_RETRY_S)
-        return next(iter(self.snapshots(vm, name)), None)
-
-    def snapshots(self, vm: Any, name: str) -> list[Any]:
-        """The entries of this name in all branches of the VM's tree."""
-        with self.translated("the snapshots of a VM"):
-            return [entry for entry in all_snapshots(vm.snapshot) if entry.name == name]
-
-    def remove_snapshot(self, vm: Any, name: str, until: float) -> bool:
-        """Remove the snapshot of this name, wait until its delta is merged; whether there was one.
-
-        Waits for a creation that is still under way first: what it makes may be ours. Idempotent.
-        Raises UnavailableError; TaskLateError: the server goes on.
-        """
-        try:
-            self._await_creations(vm, until)
-            found = self.snapshots(vm, name)
-            for entry in found:
-                what = f"the removal of the snapshot {name}"
-                with self.translated(what):
-                    task = entry.snapshot.RemoveSnapshot_Task(
-                        removeChildren=False, consolidate=True
-                    )
-                self.wait(task, until, what)
-        except NotFoundError:  # the VM, or the snapshot, went meanwhile
-            return False
-        return bool(found)
-
-    def _await_creations(self, vm: Any, until: float) -> None:
-        with self.translated("the tasks of a VM"):
-            tasks = [task for task in vm.recentTask if _creates(task)]
-        for task in tasks:
-            try:
-                self.wait(task, until, "a snapshot that is being created")
-            except TaskLateError:
-                raise
-            except UnavailableError:  # it has failed: there is nothing of it
-                continue
-
-    def consolidate(self, vm: Any, until: float) -> None:
-        """Merge deltas without a snapshot, where the server says that there are some."""
-        with self.translated("the disks of a VM"):
-            needed = vm.runtime.consolidationNeeded
-            task = vm.ConsolidateVMDisks_Task() if needed else None
-        if task is not None:
-            self.wait(task, until, "the consolidation of a VM's disks")
-
     # -- errors ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -360,34 +293,25 @@ class Vsphere:
             raise _error(error, what) from error
 
 
-def all_snapshots(info: Any) -> Iterator[Any]:
-    """All entries of a VM's `snapshot`, which is None where it has none."""
-    todo = list(info.rootSnapshotList) if info is not None else []
-    while todo:
-        entry = todo.pop()
-        yield entry
-        todo += entry.childSnapshotList
+def view_filter(view: Any, paths: Mapping[Any, Sequence[str]]) -> Any:
+    """A FilterSpec of what a view shows: by kind, which properties."""
+    kinds = vmodl.query.PropertyCollector
+    through = kinds.TraversalSpec(name="view", type=vim.view.ContainerView, path="view", skip=False)
+    return kinds.FilterSpec(
+        objectSet=[kinds.ObjectSpec(obj=view, skip=True, selectSet=[through])],
+        propSet=[
+            kinds.PropertySpec(type=kind, pathSet=list(wanted)) for kind, wanted in paths.items()
+        ],
+    )
 
 
-def _quiesce_spec(family: str | None) -> Any:
-    """Windows: by VSS with the writers of its applications; a copy backup, so that no application
-    takes it for its own (VSS_BT_COPY of vss.h). Never less than that: it fails instead."""
-    if family == "windowsGuest":
-        return vim.vm.WindowsQuiesceSpec(
-            vssBackupType=5,
-            vssBackupContext="ctx_backup",
-            vssBootableSystemState=True,
-            vssPartialFileSupport=False,
-        )
-    return vim.vm.GuestQuiesceSpec()
-
-
-def _creates(task: Any) -> bool:
-    """Of a task that may be gone already."""
-    try:
-        return task.info.descriptionId == _CREATE and task.info.state in ("queued", "running")
-    except vmodl.fault.ManagedObjectNotFound:
-        return False
+def values_of(found: Any) -> dict[str, Any]:
+    """Of an ObjectContent. Raises what kept the server from reading one of the properties, where
+    that is a privilege: half of the truth is none."""
+    for missing in found.missingSet or ():
+        if isinstance(missing.fault, vim.fault.NoPermission):
+            raise missing.fault
+    return {entry.name: entry.val for entry in found.propSet or ()}
 
 
 def _error(fault: Any, what: str) -> OffloadError:
@@ -403,7 +327,9 @@ def _error(fault: Any, what: str) -> OffloadError:
         return UnavailableError(f"{what}: the session has expired", code="vsphere-session")
     if isinstance(fault, vim.fault.NoPermission):
         return PrivilegeError(
-            f"{what}: this user lacks the privilege {fault.privilegeId}", code="vsphere-privilege"
+            f"{what}: this user lacks the privilege {fault.privilegeId}{_on(fault.object)}",
+            code="vsphere-privilege",
+            hint="the privileges that are needed: docs/howto/inventory.md",
         )
     if isinstance(fault, vmodl.fault.ManagedObjectNotFound):
         return NotFoundError(f"{what}: it is not there any more", code="unknown-vm")
@@ -414,3 +340,11 @@ def _error(fault: Any, what: str) -> OffloadError:
     if isinstance(fault, vim.fault.SnapshotFault):
         return UnavailableError(f"{what} failed: {said}", code="quiesce-failed")
     return UnavailableError(f"{what}: {said}", code="vsphere-failed")
+
+
+def _on(managed: Any) -> str:
+    """Which object a fault is about; a fault need not say."""
+    if managed is None:
+        return ""
+    kind = type(managed).__name__.rpartition(".")[2]
+    return f" on {kind} {managed._moId}"  # noqa: SLF001 - its name in the API

@@ -31,6 +31,7 @@ class VsphereConfig(Model):
     thumbprint: str | None = Field(  # SHA-256 of a self-signed certificate, instead of authorities
         default=None, pattern=r"^([0-9A-Fa-f]{2}:){31}[0-9A-Fa-f]{2}$"
     )
+    snapshots_at_once: int = Field(default=5, ge=1, le=64)  # of VMs: made, or removed
 
     @field_validator("password_file", "certificates")
     @classmethod

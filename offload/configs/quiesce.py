@@ -72,6 +72,7 @@ class VmwareFreeze(Model):
     kind: Literal["vmware"]
     hypervisor: str  # a [hypervisors.NAME] of kind vsphere
     vm: str = Field(min_length=1)  # name, or instance UUID
+    moref: str | None = None  # the server's id of it (vm-42): no search, vm is its name only
 
 
 class LocalFreeze(Model):

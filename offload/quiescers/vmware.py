@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from offload.configs.hypervisors import VsphereConfig
@@ -26,16 +26,23 @@ from offload.ids import new_id
 from offload.instance import Instance
 from offload.model import Consistency
 from offload.quiescers import ourselves
-from offload.vsphere import TaskLateError, Vsphere, all_snapshots
+from offload.quiescers.turns import Turns
+from offload.vsphere import TaskLateError, Vsphere
+from offload.vsphere_snapshots import all_snapshots, consolidate, create_quiesced, remove
 
 if TYPE_CHECKING:  # a thaw never loads the catalog
     from offload.catalog.store import Catalog
 
 _REMOVE_S = 300.0  # a delta of seconds is merged in seconds; the server may be busy with others
-_AT_ONCE = 5  # VM snapshots at one server: what storage vendors allow a vCenter
 _DESCRIPTION = "made and removed by offload within seconds, for a snapshot of its storage"
 
-_turns: dict[str, threading.BoundedSemaphore] = {}
+_PROPERTIES = (
+    "name", "snapshot", "runtime.connectionState", "runtime.powerState", "runtime.cleanPowerOff",
+    "runtime.consolidationNeeded", "config.uuid", "config.extraConfig", "config.hardware.device",
+    "guest.net", "guest.hostName", "guest.guestFamily", "guest.toolsRunningStatus",
+)  # fmt: skip
+
+_turns: dict[str, Turns] = {}
 _turns_lock = threading.Lock()
 
 
@@ -55,6 +62,9 @@ class VmwarePart:
         self._vm: Any = None
         self._at_rest = ""  # the power state of a VM without writers
         self._asked = False  # the server was asked for a snapshot, and it may be there
+        self._creating = False  # and it may be making it still
+        self._seen: dict[str, Any] = {}  # properties of the VM as of `check`
+        self._behind = timedelta()  # this machine's clock minus the server's
         self._image_at: datetime | None = None
         self._notes: list[str] = []
         self.what: tuple[str, ...] = ()
@@ -70,32 +80,40 @@ class VmwarePart:
         (`unknown-vm`), PolicyError (`would-freeze-ourselves`), PrivilegeError, UnavailableError
         (`tools-not-running`, `vm-not-ready`, `vsphere-unavailable`)."""
         vsphere = self._connected()
-        self._vm = vsphere.find_vm(self._entry.vm)
+        self._vm = self._find(vsphere)
         with vsphere.translated(f"VM {self._entry.vm}"):
-            config, guest, runtime = self._vm.config, self._vm.guest, self._vm.runtime
-            if runtime.connectionState != "connected":
-                raise UnavailableError(
-                    f"VM {self._entry.vm} is {runtime.connectionState}", code="vm-not-ready"
-                )
-            ourselves.check(self._vm_name, _facts(config, guest), self._instance)
-            if runtime.powerState != "poweredOn":
-                self._at_rest = str(runtime.powerState)
-                return
-            if guest.toolsRunningStatus != "guestToolsRunning":
-                raise UnavailableError(
-                    f"VMware Tools do not run in VM {self._entry.vm}: nothing quiesces it",
-                    code="tools-not-running",
-                    hint="install open-vm-tools (Linux) or VMware Tools (Windows) in the guest",
-                )
-            self._look_at_snapshots(runtime)
+            self._behind = datetime.now(UTC) - vsphere.clock()
+            self._seen = seen = vsphere.read(self._vm, *_PROPERTIES)
+        if seen.get("runtime.connectionState") != "connected":
+            raise UnavailableError(
+                f"VM {self._entry.vm} is {seen.get('runtime.connectionState')}",
+                code="vm-not-ready",
+            )
+        ourselves.check(self._vm_name, _facts(seen), self._instance)
+        if seen["runtime.powerState"] != "poweredOn":
+            self._at_rest = str(seen["runtime.powerState"])
+            return
+        if seen.get("guest.toolsRunningStatus") != "guestToolsRunning":
+            raise UnavailableError(
+                f"VMware Tools do not run in VM {self._entry.vm}: nothing quiesces it",
+                code="tools-not-running",
+                hint="install open-vm-tools (Linux) or VMware Tools (Windows) in the guest",
+            )
+        self._look_at_snapshots()
 
-    def _look_at_snapshots(self, runtime: Any) -> None:
-        names = [entry.name for entry in all_snapshots(self._vm.snapshot)]
+    def _find(self, vsphere: Vsphere) -> Any:
+        """By its id where that is known: a search reads the names of all VMs."""
+        if self._entry.moref is not None:
+            return vsphere.vm(self._entry.moref)
+        return vsphere.find_vm(self._entry.vm)
+
+    def _look_at_snapshots(self) -> None:
+        names = [entry.name for entry in all_snapshots(self._seen.get("snapshot"))]
         if names:
             self._notes.append(
                 f"it has snapshots already ({', '.join(sorted(names))}): its disks are deltas"
             )
-        if runtime.consolidationNeeded:
+        if self._seen.get("runtime.consolidationNeeded"):
             self._notes.append("its disks need consolidation: earlier deltas were not merged")
 
     def _connected(self) -> Vsphere:
@@ -126,23 +144,39 @@ class VmwarePart:
         if self._at_rest:
             return self._freeze_at_rest()
         vsphere = self._connected()
-        with _turn(self._config.server, until):
-            self._asked = True
-            made = vsphere.create_quiesced(self._vm, self.snapshot_name, _DESCRIPTION, until)
+        family = self._seen.get("guest.guestFamily")
+        with _turn(self._config, until):
+            self._asked = self._creating = True
+            create_quiesced(
+                vsphere,
+                self._vm,
+                self.snapshot_name,
+                family=family,
+                description=_DESCRIPTION,
+                until=until,
+            )
+            self._creating = False
         with vsphere.translated(f"VM {self._entry.vm}"):
-            if made is None or not made.quiesced:
-                raise UnavailableError(
-                    f"vSphere made a snapshot of VM {self._entry.vm} without quiescing it",
-                    code="not-quiesced",
-                    hint="look at VMware Tools in the guest; disks it cannot quiesce must not be",
-                )
-            # by this machine's clock, as are those that it is compared with
-            self._image_at = made.createTime + (datetime.now(UTC) - vsphere.clock())
-            return self._report(self._vm.config, self._vm.guest)
+            seen = vsphere.read(self._vm, "snapshot", "config.hardware.device")
+        made = self._ours(seen)
+        if made is None or not made.quiesced:
+            raise UnavailableError(
+                f"vSphere made a snapshot of VM {self._entry.vm} without quiescing it",
+                code="not-quiesced",
+                hint="look at VMware Tools in the guest; disks it cannot quiesce must not be",
+            )
+        # by this machine's clock, as are those that it is compared with
+        self._image_at = made.createTime + self._behind
+        return self._report(seen["config.hardware.device"])
 
-    def _report(self, config: Any, guest: Any) -> Consistency:
+    def _ours(self, seen: Mapping[str, Any]) -> Any:
+        """The entry of our snapshot in the VM's tree; None."""
+        entries = all_snapshots(seen.get("snapshot"))
+        return next((entry for entry in entries if entry.name == self.snapshot_name), None)
+
+    def _report(self, devices: Sequence[Any]) -> Consistency:
         """What was quiesced, and what it reaches."""
-        disks = [d for d in config.hardware.device if getattr(d, "capacityInKB", None) is not None]
+        disks = [d for d in devices if getattr(d, "capacityInKB", None) is not None]
         outside = [d for d in disks if not _has_delta(d)]
         inside = [d for d in disks if _has_delta(d)]
         self.what = tuple(d.backing.parent.fileName for d in inside)
@@ -153,11 +187,11 @@ class VmwarePart:
         )
         if outside:
             self._notes.append(
-                "outside of VM snapshots, so not quiesced: "
-                + ", ".join(d.deviceInfo.label for d in outside)
+                "outside of VM snapshots, so not quiesced, and as a power cut leaves them: "
+                + ", ".join(f"{d.deviceInfo.label} ({_why_outside(d)})" for d in outside)
             )
             return Consistency.CRASH
-        return _reached(config, guest)
+        return _reached(self._seen)
 
     def _freeze_at_rest(self) -> Consistency:
         if not self._stays_at_rest():
@@ -168,17 +202,19 @@ class VmwarePart:
         if self._at_rest == "suspended":
             self._notes.append("the VM is suspended: its disks are as a power cut leaves them")
             return Consistency.CRASH
-        with self._connected().translated(f"VM {self._entry.vm}"):
-            orderly = bool(self._vm.runtime.cleanPowerOff)
-        if orderly:
+        if self._seen.get("runtime.cleanPowerOff"):
             self._notes.append("the VM is off: its guest shut down in good order")
             return Consistency.FILESYSTEM
         self._notes.append("the VM was cut off: its disks are as a power cut leaves them")
         return Consistency.CRASH
 
     def _stays_at_rest(self) -> bool:
-        with self._connected().translated(f"VM {self._entry.vm}"):
-            return bool(self._vm.runtime.powerState == self._at_rest)
+        return bool(self._now("runtime.powerState").get("runtime.powerState") == self._at_rest)
+
+    def _now(self, path: str) -> dict[str, Any]:
+        vsphere = self._connected()
+        with vsphere.translated(f"VM {self._entry.vm}"):
+            return vsphere.read(self._vm, path)
 
     def still_frozen(self) -> bool:
         """Whether the VM snapshot is still there, so that its parents stood still; whether a VM
@@ -187,8 +223,8 @@ class VmwarePart:
             if self._at_rest:
                 held, why = self._stays_at_rest(), "the VM was started"
             else:
-                found = self._connected().snapshots(self._vm, self.snapshot_name)
-                held, why = bool(found), "somebody has removed the VM snapshot"
+                found = self._ours(self._now("snapshot"))
+                held, why = found is not None, "somebody has removed the VM snapshot"
         except OffloadError as error:
             held, why = False, error.message
         if not held:
@@ -201,6 +237,12 @@ class VmwarePart:
         if not self._asked:
             return
         until = time.monotonic() + _REMOVE_S
+        # late, it is removed out of turn: a delta grows
+        with _turns_of(self._config).one(until - _REMOVE_S / 2):
+            self._remove_surely(until)
+        self._asked = self._creating = False
+
+    def _remove_surely(self, until: float) -> None:
         try:
             self._remove(until)
         except OffloadError as first:
@@ -211,13 +253,12 @@ class VmwarePart:
                 self._remove(until)
             except OffloadError as error:
                 raise self._stuck(error) from error
-        self._asked = False
 
     def _remove(self, until: float) -> None:
         vsphere = self._connected()
         vm = vsphere.vm(self._vm._moId)  # noqa: SLF001 - its name in the API
-        vsphere.remove_snapshot(vm, self.snapshot_name, until)
-        vsphere.consolidate(vm, until)
+        remove(vsphere, vm, self.snapshot_name, until, creating=self._creating)
+        consolidate(vsphere, vm, until)
 
     def _stuck(self, error: OffloadError) -> UnavailableError:
         return UnavailableError(
@@ -261,12 +302,12 @@ def _server(instance: Instance, name: str) -> VsphereConfig:
     return found
 
 
-def _facts(config: Any, guest: Any) -> ourselves.Facts:
-    macs = [getattr(device, "macAddress", None) for device in config.hardware.device]
+def _facts(seen: Mapping[str, Any]) -> ourselves.Facts:
+    macs = [getattr(device, "macAddress", None) for device in seen["config.hardware.device"]]
     facts = ourselves.Facts(
-        addresses=frozenset(a for nic in guest.net or () for a in nic.ipAddress or ()),
-        uuids=frozenset({config.uuid}),
-        host_name=guest.hostName or "",
+        addresses=frozenset(a for nic in seen.get("guest.net", ()) for a in nic.ipAddress or ()),
+        uuids=frozenset({seen.get("config.uuid", "")}),
+        host_name=seen.get("guest.hostName", ""),
     )
     return ourselves.with_macs(facts, [mac for mac in macs if mac])
 
@@ -276,33 +317,41 @@ def _has_delta(disk: Any) -> bool:
     return getattr(disk.backing, "parent", None) is not None
 
 
-def _reached(config: Any, guest: Any) -> Consistency:
+def _why_outside(disk: Any) -> str:
+    if getattr(disk.backing, "compatibilityMode", None) == "physicalMode":
+        return "an RDM in physical mode"
+    return str(getattr(disk.backing, "diskMode", "") or "no delta").replace("_", " ")
+
+
+def _reached(seen: Mapping[str, Any]) -> Consistency:
     """VSS writers take part on Windows where the disks are told apart in the guest (VMware's
     knowledge base, 1028881: disk.EnableUUID); elsewhere file systems are frozen, no more is known.
     """
-    options = {option.key: option.value for option in config.extraConfig or ()}
+    options = {option.key: option.value for option in seen.get("config.extraConfig", ())}
     writers = (
-        guest.guestFamily == "windowsGuest"
+        seen.get("guest.guestFamily") == "windowsGuest"
         and str(options.get("disk.EnableUUID", "")).lower() == "true"
     )
     return Consistency.APPLICATION if writers else Consistency.FILESYSTEM
 
 
-@contextlib.contextmanager
-def _turn(server: str, until: float) -> Iterator[None]:
-    """Not more VM snapshots at once than a server takes well."""
+def _turns_of(config: VsphereConfig) -> Turns:
+    """Of a server, in this process."""
     with _turns_lock:
-        turn = _turns.setdefault(server, threading.BoundedSemaphore(_AT_ONCE))
-    if not turn.acquire(timeout=max(0.0, until - time.monotonic())):
-        raise UnavailableError(
-            f"{server} was busy with snapshots of other VMs until the deadline",
-            code="freeze-late",
-            hint="raise deadline_s of the group",
-        )
-    try:
+        return _turns.setdefault(config.server, Turns(config.snapshots_at_once))
+
+
+@contextlib.contextmanager
+def _turn(config: VsphereConfig, until: float) -> Iterator[None]:
+    """Not more VM snapshots at once than a server takes well."""
+    with _turns_of(config).one(until) as got:
+        if not got:
+            raise UnavailableError(
+                f"{config.server} was busy with snapshots of other VMs until the deadline",
+                code="freeze-late",
+                hint="raise deadline_s of the group",
+            )
         yield
-    finally:
-        turn.release()
 
 
 def undo_remove(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
@@ -312,8 +361,8 @@ def undo_remove(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
         with Vsphere(_server(instance, args["hypervisor"])) as vsphere:
             try:
                 vm = vsphere.vm(args["moref"]) if args["moref"] else vsphere.find_vm(args["vm"])
-                vsphere.remove_snapshot(vm, args["snapshot"], until)
-                vsphere.consolidate(vm, until)
+                remove(vsphere, vm, args["snapshot"], until, creating=True)
+                consolidate(vsphere, vm, until)
             except NotFoundError:
                 return
     except OffloadError as error:

@@ -185,7 +185,7 @@ def test_vmware_independent_disk_is_not_quiesced_and_said(vcenter: Vcenter, make
     part = make("ind")
     part.check()
     assert freeze(part) is Consistency.CRASH
-    assert "outside of VM snapshots, so not quiesced: Hard disk 2" in part.output
+    assert "as a power cut leaves them: Hard disk 2 (independent persistent)" in part.output
 
 
 def test_vmware_snapshots_of_others_stay_and_are_said(
@@ -284,8 +284,8 @@ def test_vmware_thumbprint_is_looked_at_on_each_connection(
     part = make(certificates=None, thumbprint=vcenter.thumbprint)
     part.check()
     session = part._connected()
-    context = session._stub.schemeArgs["context"]
-    session._stub.DropConnections()
+    context = session.stub.schemeArgs["context"]
+    session.stub.DropConnections()
     right, context.sha256 = context.sha256, bytes(32)
     with pytest.raises(ConfigError, match="thumbprint"):
         session.clock()
