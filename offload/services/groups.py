@@ -101,7 +101,7 @@ def to_quiesce(config: Config, resolved: Resolved, least: Consistency) -> dict[s
 def _freeze(config: Config, hypervisor: str, vm: InventoryVm) -> FreezeConfig:
     if config.hypervisor(hypervisor).kind == "libvirt":
         return LibvirtFreeze(kind="libvirt", hypervisor=hypervisor, domain=vm.id)
-    return VmwareFreeze(kind="vmware", hypervisor=hypervisor, vm=vm.instance_uuid or vm.name)
+    return VmwareFreeze(kind="vmware", hypervisor=hypervisor, vm=vm.name, moref=vm.id)
 
 
 def _free(name: str, taken: Iterable[str]) -> str:
