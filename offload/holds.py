@@ -49,6 +49,19 @@ def claim_view(instance: Instance, view: str, *, wait: bool) -> Iterator[bool]:
         yield got
 
 
+@contextmanager
+def claim_island(instance: Instance, island: str) -> Iterator[None]:
+    """Have an island alone, to take it down. BusyError (`island-busy`) while others have it."""
+    with _locked(instance, f"island-{island}", fcntl.LOCK_EX | fcntl.LOCK_NB) as got:
+        if not got:
+            raise BusyError(
+                f"another process takes the island {island} down, or builds it anew",
+                code="island-busy",
+                hint="wait until it has ended; see: offload placeholder list",
+            )
+        yield
+
+
 def _folder(instance: Instance) -> Path:
     return instance.state_dir / "holds"
 

@@ -23,6 +23,7 @@ class Shown(StrEnum):
 class IslandState(StrEnum):
     """The life of an island in the catalog."""
 
+    BUILDING = "building"
     STANDING = "standing"
     GOING = "going"
 

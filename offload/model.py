@@ -123,7 +123,8 @@ class QuiesceReport:
     """What one quiescer did, for a VM or a list of mounts: one row of a TimeMark's report.
 
     `image_at`: where the VM's quiesced image is of another instant than the group's snapshots (a
-    VMware snapshot, which finishes when it does), when that was made; `detail` says where it is.
+    VMware snapshot, which finishes when it does), when that was made; `image_in`: the name of the
+    VM snapshot that has it.
     """
 
     name: str
@@ -137,6 +138,7 @@ class QuiesceReport:
     vm: str = ""
     parts: tuple[HeldPart, ...] = ()
     image_at: datetime | None = None
+    image_in: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,17 @@ class Learns(Protocol):
         ...
 
 
+@runtime_checkable
+class InSnapshot(Protocol):
+    """Of a Part or Quiescer whose image, where it has `image_at`, is in a VM snapshot of this
+    name."""
+
+    @property
+    def snapshot_name(self) -> str:
+        """Empty where there is none."""
+        ...
+
+
 class Quiescer(Protocol):
     """Holds the writers of some volumes of a group: one VM, or a list of mounts.
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from offload.machine import Machine
+from offload.island import Island, IslandId, IslandState, Placeholder, Shown
+from offload.machine import Machine, disk_from_dict, disk_to_dict
 from offload.model import (
     Backup,
     BackupId,
@@ -167,6 +168,60 @@ def connection_of(row: Row) -> Connection:
     """The inverse of `connection_row`."""
     typed = {"id": ConnectionId(row["id"]), "kind": ConnectionKind(row["kind"])}
     return Connection(**{**row, **typed})
+
+
+def island_row(island: Island) -> Row:
+    """An island as a row."""
+    return {
+        "id": island.id,
+        "name": island.name,
+        "host": island.host,
+        "group_name": island.group,
+        "origin": island.origin,
+        "created_at": island.created_at,
+        "views": list(island.views),
+        "placeholders": [_placeholder_fields(entry) for entry in island.placeholders],
+        "state": island.state.value,
+        "record": dict(island.record),
+    }
+
+
+def island_of(row: Row) -> Island:
+    """The inverse of `island_row`."""
+    return Island(
+        id=IslandId(row["id"]),
+        name=row["name"],
+        host=row["host"],
+        group=row["group_name"],
+        origin=row["origin"],
+        created_at=row["created_at"],
+        views=tuple(row["views"]),
+        placeholders=tuple(_placeholder(fields) for fields in row["placeholders"]),
+        state=IslandState(row["state"]),
+        record=row["record"],
+    )
+
+
+def _placeholder_fields(placeholder: Placeholder) -> Row:
+    """JSON has no times."""
+    return {
+        **{f.name: getattr(placeholder, f.name) for f in dataclasses.fields(placeholder)},
+        "at": placeholder.at.isoformat(),
+        "shown": placeholder.shown.value,
+        "disks": [disk_to_dict(disk) for disk in placeholder.disks],
+        "notes": list(placeholder.notes),
+        "record": dict(placeholder.record),
+    }
+
+
+def _placeholder(fields: Row) -> Placeholder:
+    typed = {
+        "at": datetime.fromisoformat(fields["at"]),
+        "shown": Shown(fields["shown"]),
+        "disks": tuple(disk_from_dict(disk) for disk in fields["disks"]),
+        "notes": tuple(fields["notes"]),
+    }
+    return Placeholder(**{**fields, **typed})
 
 
 def hold_row(hold: LegalHold) -> Row:

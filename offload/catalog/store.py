@@ -31,6 +31,7 @@ from offload.catalog.rows import ParentLink, Row, Verification
 from offload.catalog.schema import corrupt, open_engine, translated, writing
 from offload.errors import BusyError, NotFoundError, OffloadError
 from offload.ids import match_prefix
+from offload.island import Island
 from offload.model import Backup, BackupId, Connection, LegalHold, TimeMark, View
 
 __all__ = ["Catalog", "ParentLink", "Verification"]
@@ -162,6 +163,34 @@ class Catalog:
         """
         made = {f"timemark:{m.id}" for m in self.timemarks(group) if m.purpose == "mount"}
         return [view for view in self.views() if view.origin.partition("/")[0] in made]
+
+    # islands
+
+    def add_island(self, island: Island) -> None:
+        """Record an island. BusyError (`island-exists`) if its name or id is taken."""
+        with self._write() as db, _taken("island", island.name):
+            db.execute(insert(tables.islands), rows.island_row(island))
+
+    def update_island(self, island: Island) -> None:
+        """Replace the record of an island; NotFoundError (`unknown-island`)."""
+        table = tables.islands
+        with self._write() as db, _taken("island", island.name):
+            done = db.execute(update(table).where(table.c.id == island.id), rows.island_row(island))
+            if done.rowcount == 0:
+                raise NotFoundError(
+                    f"no island '{island.id}'",
+                    code="unknown-island",
+                    hint="see: offload placeholder list",
+                )
+
+    def delete_island(self, island_id: str) -> None:
+        """Forget an island."""
+        self._delete(tables.islands, island_id)
+
+    def islands(self) -> list[Island]:
+        """All, the newest last."""
+        table = tables.islands
+        return self._all(select(table).order_by(table.c.created_at, table.c.id), rows.island_of)
 
     # backups
 

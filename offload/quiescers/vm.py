@@ -11,7 +11,7 @@ from functools import partial
 
 from offload.errors import OffloadError, UnavailableError
 from offload.model import Consistency, HeldPart
-from offload.quiesce import Flushes, Learns, Part
+from offload.quiesce import Flushes, InSnapshot, Learns, Part
 
 
 @dataclass(slots=True)
@@ -226,6 +226,12 @@ class VmQuiescer:
     def image_at(self) -> datetime | None:
         """Of the file systems."""
         return self._freezer.part.image_at if self._freezer is not None else None
+
+    @property
+    def snapshot_name(self) -> str:
+        """Of the file systems."""
+        part = self._freezer.part if self._freezer is not None else None
+        return part.snapshot_name if isinstance(part, InSnapshot) else ""
 
     @property
     def output(self) -> str:

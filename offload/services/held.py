@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from offload.errors import CleanupError, OffloadError, UnavailableError
 from offload.model import Consistency, HeldPart, QuiesceReport
 from offload.progress import Progress
-from offload.quiesce import Quiescer
+from offload.quiesce import InSnapshot, Quiescer
 
 
 @dataclass(slots=True)
@@ -55,7 +55,13 @@ class Held:
             vm=self.quiescer.vm,
             parts=self.quiescer.parts or (self._whole(),),
             image_at=self.quiescer.image_at,
+            image_in=self._image_in(),
         )
+
+    def _image_in(self) -> str:
+        if self.quiescer.image_at is None or not isinstance(self.quiescer, InSnapshot):
+            return ""
+        return self.quiescer.snapshot_name
 
     def _whole(self) -> HeldPart:
         """A quiescer of one part."""
