@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
         "offload restore b7k2/shop-db --to /dev/vg0/shop-db --diff",
         "offload restore b7k2/shop-db --to nbd://10.0.0.5:10809",
         "offload restore --abandon --to /srv/restore/shop-db.raw",
+        "offload restore b7k2 --as-vm shop --host kvm-backup --to /srv/restore/",
+        "offload restore b7k2 --as-vm shop --host kvm-backup --instant --name shop-test",
     ],
 )
 @click.argument("what", metavar="[BACKUP]", required=False, shell_complete=complete.backups)
 @click.option(
     "--to",
-    required=True,
     metavar="PATH|BLOCKDEV|NBD-URI",
     help="A new file, a folder, a block device that nobody uses, or an NBD server.",
 )
@@ -57,10 +59,14 @@ if TYPE_CHECKING:
     metavar="VOLUME",
     help="Overwrite this production volume: it must be the target, and nobody may use it.",
 )
+@click.option("--as-vm", "vm", metavar="VM", help="Make this VM again: its disks and settings.")
+@click.option("--host", metavar="BACKUP_HOST", help="With --as-vm: where; [backup_hosts.NAME].")
+@click.option("--name", help="With --as-vm: what it is called; default: as it was.")
+@click.option("--instant", is_flag=True, help="With --as-vm: on TimeViews, without --to.")
 @click.option("--abandon", is_flag=True, help="Give the unfinished restore to this target up.")
 @click.option("--yes", is_flag=True, help="With --diff in place: do not ask.")
 @click.pass_context
-def restore(ctx: click.Context, /, what: str | None, to: str, **asked: Any) -> None:
+def restore(ctx: click.Context, /, what: str | None, to: str | None, **asked: Any) -> None:
     """Write the image of a BACKUP somewhere.
 
     BACKUP is ID[/VOLUME] or timemark:ID[/VOLUME]; the volume may be left out where there is one
@@ -68,8 +74,20 @@ def restore(ctx: click.Context, /, what: str | None, to: str, **asked: Any) -> N
     neither the old nor the new content until the end. A device that is mounted or too small is
     refused, and so is a production volume. A restore that was interrupted goes on when the same
     command is given again.
+
+    With --as-vm a VM is made again from its disks and its settings, and registered on a backup
+    host, powered off: its disks in the folder --to, or, with --instant, as TimeViews.
     """
     settings = settings_of(ctx)
+    of_vm = {key: asked.pop(key) for key in ("vm", "host", "name", "instant")}
+    if of_vm["vm"] is not None:
+        _as_vm(settings, what, to, of_vm, asked)
+        return
+    for key, value in of_vm.items():
+        if value:
+            raise click.UsageError(f"--{key} goes with --as-vm")
+    if to is None:
+        raise click.UsageError("Missing option '--to'.", ctx)
     yes = asked.pop("yes")
     if asked.pop("abandon"):
         _abandon(settings, what, to)
@@ -84,6 +102,42 @@ def restore(ctx: click.Context, /, what: str | None, to: str, **asked: Any) -> N
     with changing_context(settings) as context, progress(settings) as shown:
         report = service.restore(context, request, progress=shown)
     emit(settings, report, lambda: _show(report))
+
+
+def _as_vm(
+    settings: Settings, what: str | None, to: str | None, of_vm: dict[str, Any],
+    others: dict[str, Any],
+) -> None:  # fmt: skip
+    from offload.services import restore_vm as service
+
+    form, overwrite = others.pop("form") or "raw", others.pop("overwrite")
+    if any(others.values()) or form not in ("raw", "qcow2"):
+        raise click.UsageError(
+            "with --as-vm go --host, --name, --to, --instant, --overwrite, --format raw or qcow2"
+        )
+    if what is None or of_vm["host"] is None:
+        raise click.UsageError("--as-vm needs a BACKUP and --host")
+    if (to is None) != of_vm["instant"]:
+        raise click.UsageError("--as-vm needs a folder for its disks, --to, or else --instant")
+    request = service.VmRequest(
+        what=what,
+        vm=of_vm["vm"],
+        host=of_vm["host"],
+        name=of_vm["name"],
+        to=Path(to).absolute() if to is not None else None,
+        form=form,
+        overwrite=overwrite,
+    )
+    with changing_context(settings) as context, progress(settings) as shown:
+        made = service.restore_vm(context, request, shown)
+
+    def human() -> None:
+        table(["disk", "is now"], [[name, place] for name, place in made.disks.items()], "")
+        for warning in made.warnings:
+            click.echo(f"note: {warning}", err=True)
+        click.echo(f"VM {made.name} is registered on {made.host}, powered off: {made.id}")
+
+    emit(settings, made, human)
 
 
 def _abandon(settings: Settings, what: str | None, to: str) -> None:

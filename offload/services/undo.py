@@ -47,6 +47,8 @@ ACTIONS = {
     "abort-prune": "offload.services.prune:undo_prune",  # store, backup
     "settle-restore": "offload.services.restore:undo_restore",  # record, temp
     "end-restore-server": "offload.services.restore:undo_server",  # socket
+    "unmount-named": "offload.services.restore_vm:undo_views",  # names (JSON)
+    "destroy-vm": "offload.services.restore_vm:undo_create",  # host, mark
     "remove-path": "offload.services.restore:undo_path",  # path of a temporary file of ours
 }
 
