@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, exc
 
+from offload.catalog.tables import metadata
 from offload.errors import BusyError, IntegrityError, OffloadError, UnavailableError
 from offload.filelock import alone
 
@@ -19,6 +20,10 @@ HEAD = "0005"  # the newest migration; a test compares it with the scripts
 _BUSY_TIMEOUT_S = 10.0
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _WRITE = "offload_write"
+_VERSION_TABLE = """CREATE TABLE alembic_version (
+    version_num VARCHAR(32) NOT NULL,
+    CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
+)"""
 
 
 def open_engine(path: Path) -> Engine:
@@ -81,7 +86,7 @@ def _version(engine: Engine) -> str | None:
 
 
 def _migrate(engine: Engine, path: Path) -> None:
-    """Run the missing migrations in one transaction, alone."""
+    """Make the tables, or run the missing migrations, in one transaction, alone."""
     with alone(path.with_name(f"{path.name}.lock")):
         found = _version(engine)
         if found == HEAD:  # another process was faster
@@ -91,25 +96,39 @@ def _migrate(engine: Engine, path: Path) -> None:
             raw: Any = connection.connection.driver_connection
             connection.rollback()
             raw.execute("PRAGMA journal_mode=WAL")
-        from alembic import command
-        from alembic.config import Config
-        from alembic.script import ScriptDirectory
-        from alembic.util.exc import CommandError
+        if found is None:
+            _make(engine)
+        else:
+            _upgrade(engine, path, found)
 
-        config = Config()
-        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-        try:
-            if found is not None:
-                ScriptDirectory.from_config(config).get_revision(found)
-        except CommandError as error:
-            raise UnavailableError(
-                f"the catalog {path} is of a newer version of offload (schema {found})",
-                code="catalog-newer",
-                hint="use the version of offload that wrote it, or a newer one",
-            ) from error
-        with writing(engine).begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, HEAD)
+
+def _make(engine: Engine) -> None:
+    """The newest tables at once: what all migrations make, a test says so."""
+    with writing(engine).begin() as connection:
+        metadata.create_all(connection, checkfirst=False)  # fails where tables are
+        connection.exec_driver_sql(_VERSION_TABLE)
+        connection.exec_driver_sql("INSERT INTO alembic_version VALUES (?)", (HEAD,))
+
+
+def _upgrade(engine: Engine, path: Path, found: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+    from alembic.util.exc import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    try:
+        ScriptDirectory.from_config(config).get_revision(found)
+    except CommandError as error:
+        raise UnavailableError(
+            f"the catalog {path} is of a newer version of offload (schema {found})",
+            code="catalog-newer",
+            hint="use the version of offload that wrote it, or a newer one",
+        ) from error
+    with writing(engine).begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, HEAD)
 
 
 @contextmanager
