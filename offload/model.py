@@ -351,6 +351,7 @@ class Backup:
     host: str = ""
     alarms: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    vms: tuple[str, ...] = ()  # names of the VMs whose settings are in it
 
     def image(self, volume: str) -> ImageRecord | None:
         """The image of one volume, or None."""

@@ -250,6 +250,7 @@ def backup_row(backup: Backup) -> Row:
         "host": backup.host,
         "alarms": list(backup.alarms),
         "tags": list(backup.tags),
+        "vms": list(backup.vms),
     }
 
 
@@ -269,4 +270,5 @@ def backup_of(row: Row) -> Backup:
         host=row["host"],
         alarms=tuple(row["alarms"]),
         tags=tuple(row["tags"]),
+        vms=tuple(row["vms"]),
     )

@@ -122,6 +122,7 @@ backups = Table(
     Column("host", Text, nullable=False),
     Column("alarms", JSON, nullable=False),
     Column("tags", JSON, nullable=False),
+    Column("vms", JSON, nullable=False),
     Index("backups_store_time", "store", "created_at"),
 )
 

@@ -213,6 +213,7 @@ def _show(found: Backup, held: LegalHold | None) -> None:
             ("parent", found.parent or "none"),
             ("host", found.host),
             *([("tags", ", ".join(found.tags))] if found.tags else []),
+            *([("VMs", ", ".join(found.vms))] if found.vms else []),
             *([("held", _held(held))] if held else []),
             *(("alarm", alarm) for alarm in found.alarms),
         ]

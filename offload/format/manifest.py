@@ -126,6 +126,7 @@ def _backup(value: dict[str, Any], store: str) -> Backup:
         host=value["host"],
         alarms=tuple(value["alarms"]),
         tags=tuple(value.get("tags", ())),
+        vms=tuple(machine["name"] for machine in value.get("vm_settings") or ()),
     )
 
 

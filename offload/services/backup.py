@@ -309,6 +309,7 @@ class _Run:
             host=os.uname().nodename,
             alarms=tuple(r.alarm for r in self.reports if r.alarm),
             tags=tuple(sorted(set(what.tags))),
+            vms=tuple(machine.name for machine in what.machines),
         )
         manifest = Manifest(
             backup=done,

@@ -129,7 +129,8 @@ def _machine() -> Machine:
 
 def test_manifest_round_trip_and_every_flipped_bit_is_noticed() -> None:
     manifest = Manifest(
-        backup=_backup(), group_config={"groups": {}}, timemark={"id": "kkkkkkkkkk", "x": 1},
+        backup=replace(_backup(), vms=("web",)), group_config={"groups": {}},
+        timemark={"id": "kkkkkkkkkk", "x": 1},
         previous="cd" * 32, software="offload 0", machines=(_machine(),),
     )  # fmt: skip
     raw = encode_manifest(manifest, _KEYS)

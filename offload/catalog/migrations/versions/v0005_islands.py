@@ -15,6 +15,7 @@ def upgrade() -> None:
     """Add all three: what older versions made has no settings of VMs."""
     # In place, the default stays: a table made anew takes parents along.
     op.add_column("timemarks", sa.Column("machines", sa.JSON, nullable=False, server_default="[]"))
+    op.add_column("backups", sa.Column("vms", sa.JSON, nullable=False, server_default="[]"))
     op.create_table(
         "islands",
         sa.Column("id", sa.Text, primary_key=True),
