@@ -27,6 +27,7 @@ class FileImage:
         self._fd = _open(source)
         try:
             self._sparse = self._is_file()
+            self._data = (0, 0)  # what was found to be data last
             self._check_length()
         except BaseException:
             self.close()
@@ -99,7 +100,8 @@ class FileImage:
 
     def _seek_data(self, at: int, end: int) -> int:
         """Where data begins, at or behind `at`; at most `end`."""
-        if not self._sparse:
+        first, stop = self._data  # one value: other threads may exchange it
+        if not self._sparse or first <= at < stop:
             return at
         try:
             return min(os.lseek(self._fd, at, os.SEEK_DATA), end)
@@ -112,9 +114,16 @@ class FileImage:
             return end
 
     def _seek_hole(self, start: int, end: int) -> int:
-        """Where the data that begins at `start` ends; at most `end`."""
+        """Where the data that begins at `start` ends; at most `end`.
+
+        The kernel walks to the end of the data, however far that is: with thousands of changed
+        blocks in one stretch of it, asking anew for each took minutes.
+        """
         if not self._sparse:
             return end
+        first, stop = self._data
+        if first <= start < stop:
+            return min(stop, end)
         try:
             found = os.lseek(self._fd, start, os.SEEK_HOLE)
         except OSError as error:
@@ -124,7 +133,10 @@ class FileImage:
                 raise self._short() from error
             raise self._unreadable(start, error) from error
         # nothing is gained by a byte range that a punched hole has overtaken: report it as data
-        return min(found, end) if found > start else end
+        if found <= start:
+            return end
+        self._data = (start, found)
+        return min(found, end)
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size_bytes:

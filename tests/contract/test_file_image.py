@@ -91,6 +91,31 @@ def test_extents_of_any_range_cover_it_and_holes_read_zero(
                 assert not any(image.pread(extent.offset, extent.length))
 
 
+def test_extents_many_ranges_in_one_stretch_of_data_ask_once_where_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel walks all of the stretch for each answer."""
+    source = _sparse(tmp_path / "i.raw", 1 << 20, {0: b"d" * (64 * _BLOCK), 1 << 19: b"e"})
+    asked: list[int] = []
+    real = os.lseek
+
+    def _counted(fd: int, at: int, how: int) -> int:
+        asked.append(at)
+        return real(fd, at, how)
+
+    monkeypatch.setattr(os, "lseek", _counted)
+    with FileImage(source) as image:
+        for block in range(64):
+            (extent,) = image.extents(block * _BLOCK, 100)
+            assert extent.kind is ExtentKind.DATA
+        assert len(asked) == 2
+        found = [(e.offset, e.kind) for e in image.extents(60 * _BLOCK, (1 << 20) - 60 * _BLOCK)]
+    assert [kind for _, kind in found] == [
+        ExtentKind.DATA, ExtentKind.HOLE, ExtentKind.DATA, ExtentKind.HOLE,
+    ]  # fmt: skip
+    assert found[1][0] == 64 * _BLOCK
+
+
 def test_pread_end_of_a_file_of_no_whole_sectors(image: FileImage) -> None:
     assert image.pread(image.size_bytes - 7, 7) == bytes(7)
     assert image.pread(16 * _BLOCK - 1, 3) == b"\0bb"
