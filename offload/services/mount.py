@@ -21,7 +21,7 @@ row says whether it is to be served.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -30,17 +30,19 @@ from urllib.parse import urlsplit
 
 from offload import compose, overlay
 from offload.catalog.store import Catalog
-from offload.errors import BusyError, OffloadError, UsageError
+from offload.errors import BusyError, CleanupError, OffloadError, UsageError
 from offload.holds import claim_view, hold_timemark
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.journal import Operation
+from offload.machine import Machine
 from offload.model import (
     BackupSource,
     Connection,
     Exposure,
     HomeSource,
     Source,
+    TimeMark,
     View,
     ViewId,
     ViewState,
@@ -49,8 +51,9 @@ from offload.origin import NAME, Origin, OriginKind, parse_origin
 from offload.overlay import Usage
 from offload.progress import NoProgress, Progress
 from offload.quantity import parse_size
-from offload.services import connect, director, overlays, points, timemark
+from offload.services import connect, director, groups, overlays, points, timemark
 from offload.services.context import Context
+from offload.services.groups import Resolved
 from offload.services.points import Point
 from offload.services.undo import dump
 from offload.target import Client, ExportRequest, Target
@@ -102,7 +105,8 @@ def mount(
     """
     options = options or MountOptions()
     wanted = [parse_origin(text) for text in origins]
-    options = _check(ctx, wanted, options)
+    chosen = {o.id: groups.resolve(ctx, o.id) for o in wanted if o.kind is OriginKind.GROUP}
+    options = _check(ctx, wanted, chosen, options)
     with ctx.journal.operation("mount", ", ".join(origins)) as op, ExitStack() as holds:
         found: list[Point] = []
         for origin in wanted:
@@ -110,25 +114,54 @@ def mount(
                 found += points.of_backup(ctx, origin)
                 continue
             if origin.kind is OriginKind.GROUP:
-                origin = _fresh(ctx, op, origin.id, progress)  # noqa: PLW2901
+                made = fresh(ctx, op, chosen[origin.id], None, progress)
+                origin = Origin(kind=OriginKind.TIMEMARK, id=made.id)  # noqa: PLW2901
             known = ctx.catalog.timemark(origin.id)
             holds.enter_context(hold_timemark(ctx.instance, known.id))
             found += points.of_timemark(ctx, origin)
         for warning in overlays.warnings(ctx, (options.overlay_limit_bytes or 0) * len(found)):
             (progress or NoProgress()).message(warning)
         taken = {view.name for view in ctx.catalog.views()}
-        views = []
-        for number, point in enumerate(found, 1):
-            name = options.name or _free_name(point, taken)
-            taken.add(name)
-            view = _planned(ctx, point, name, options)
-            _make_overlay(ctx, op, number, view)
-            op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
-            view = _exported(ctx, view, view.exposure)
-            op.done(f"server-{number}")
-            ctx.catalog.add_view(view)
-            op.done(f"row-{number}")
-            views.append(view)
+        names = []
+        for point in found:
+            stem = f"{point.group}-{point.volume}"
+            names.append(options.name or free_name(stem, f"-{point.id[:_SHORT_ID]}", taken))
+            taken.add(names[-1])
+        return present(ctx, op, list(zip(names, found, strict=True)), options)
+
+
+def fresh(
+    ctx: Context,
+    op: Operation,
+    chosen: Resolved,
+    machines: tuple[Machine, ...] | None,
+    progress: Progress | None,
+) -> TimeMark:
+    """A TimeMark made for a mount; its id is journalled before it exists. `machines`: settings of
+    its VMs, where they were taken already."""
+    ident = new_id()
+    op.intend("timemark", "delete-unused", {"ids": dump([ident])})
+    options = director.CreateOptions(purpose="mount", id=ident, resolved=chosen, machines=machines)
+    made = director.create(ctx, chosen.name, options, progress)
+    op.done("timemark")
+    return made
+
+
+def present(
+    ctx: Context, op: Operation, found: Sequence[tuple[str, Point]], options: MountOptions
+) -> list[View]:
+    """Serve points as views of these names; each is journalled, and in the catalog. `options` are
+    complete: see `Target.check`."""
+    views = []
+    for number, (name, point) in enumerate(found, 1):
+        view = _planned(ctx, point, name, options)
+        _make_overlay(ctx, op, number, view)
+        op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
+        view = _exported(ctx, view, view.exposure)
+        op.done(f"server-{number}")
+        ctx.catalog.add_view(view)
+        op.done(f"row-{number}")
+        views.append(view)
     return views
 
 
@@ -148,6 +181,7 @@ def unmount(
     chosen = list({view.id: view for view in found}.values())
     if not chosen:
         return []
+    _check_free(ctx, chosen)
     _check_unmoved(_moving(ctx), chosen)
     with ExitStack() as claims:
         for view in sorted(chosen, key=lambda view: view.id):  # waits while one is served again
@@ -159,21 +193,31 @@ def unmount(
 def _unmount(ctx: Context, chosen: Sequence[View], force: bool) -> list[View]:
     if not chosen:
         return []
-    _let_go(ctx, chosen, force)
-    fresh = _fresh_timemarks(ctx, chosen)
+    let_go(ctx, chosen, force)
+    made = fresh_timemarks(ctx, chosen)
     with ctx.journal.operation("unmount", ", ".join(view.name for view in chosen)) as op:
-        for number, made in enumerate(fresh, 1):  # undone last
-            op.intend(f"timemark-{number}", "delete-unused", {"ids": dump([made])})
-        for number, view in enumerate(chosen, 1):
-            if view.on_overlay:
-                op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
-            op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
-        for number, view in enumerate(chosen, 1):
-            _take_away(ctx, op, number, view)
-        for number, made in enumerate(fresh, 1):
-            timemark.delete_if_unused(ctx, made)
-            op.done(f"timemark-{number}")
+        intend_away(ctx, op, chosen, made)
+        take_away(ctx, op, chosen, made)
     return list(chosen)
+
+
+def intend_away(ctx: Context, op: Operation, chosen: Sequence[View], made: Sequence[str]) -> None:
+    """Announce that views go, and then TimeMarks that were `made` for them."""
+    for number, ident in enumerate(made, 1):  # undone last
+        op.intend(f"timemark-{number}", "delete-unused", {"ids": dump([ident])})
+    for number, view in enumerate(chosen, 1):
+        if view.on_overlay:
+            op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
+        op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
+
+
+def take_away(ctx: Context, op: Operation, chosen: Sequence[View], made: Sequence[str]) -> None:
+    """Do what `intend_away` announced."""
+    for number, view in enumerate(chosen, 1):
+        _take_away(ctx, op, number, view)
+    for number, ident in enumerate(made, 1):
+        timemark.delete_if_unused(ctx, ident)
+        op.done(f"timemark-{number}")
 
 
 def keep(ctx: Context, names: Sequence[str], *, force: bool = False) -> list[View]:
@@ -190,11 +234,12 @@ def keep(ctx: Context, names: Sequence[str], *, force: bool = False) -> list[Vie
                 code="view-read-only",
                 hint=f"offload unmount {view.name}",
             )
+    _check_free(ctx, chosen)
     _check_unmoved(_moving(ctx), chosen)
     with ExitStack() as claims:
         for view in sorted(chosen, key=lambda view: view.id):
             claims.enter_context(claim_view(ctx.instance, view.id, wait=True))
-        _let_go(ctx, chosen, force)
+        let_go(ctx, chosen, force)
         return [_keep(ctx, ctx.catalog.view(view.id)) for view in chosen]
 
 
@@ -284,7 +329,16 @@ def remount(ctx: Context) -> Remounted:
 
 
 def undo_view(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
-    """Take a view away, half made or half gone. `server` is what was known when it was intended."""
+    """Take a view away, half made or half gone. `server` is what was known when it was intended.
+
+    Not from under placeholders: CleanupError (`view-in-island`) while their island may stand.
+    """
+    for island in catalog.islands():
+        if args["id"] in island.views:
+            raise CleanupError(
+                f"view {args['id']} stays: island {island.name} is not gone for sure",
+                code="view-in-island",
+            )
     _withdraw(instance, catalog, args)
     catalog.delete_view(args["id"])
 
@@ -304,12 +358,22 @@ def undo_overlay(instance: Instance, catalog: Catalog, args: Mapping[str, str]) 
 # -- before anything is changed ---------------------------------------------------------------
 
 
-def _check(ctx: Context, wanted: Sequence[Origin], options: MountOptions) -> MountOptions:
+def _check(
+    ctx: Context,
+    wanted: Sequence[Origin],
+    chosen: Mapping[str, Resolved],
+    options: MountOptions,
+) -> MountOptions:
     """Refuse before production is frozen for it; what comes back is complete."""
     if not wanted:
         raise UsageError("nothing to mount", code="bad-origin", hint="name an ORIGIN")
     exposure = compose.target(options.target, ctx.instance).check(options.exposure)
-    count = sum(len(points.volumes(ctx, origin)) for origin in wanted)
+    count = sum(
+        len(chosen[origin.id].config.volumes)
+        if origin.kind is OriginKind.GROUP
+        else len(points.volumes(ctx, origin))
+        for origin in wanted
+    )
     # a server a view, as NBD has it, needs a port of its own for each
     port = options.exposure.port if options.target == "nbd" else None
     for option, value in (("name", options.name), ("port", port)):
@@ -320,24 +384,42 @@ def _check(ctx: Context, wanted: Sequence[Origin], options: MountOptions) -> Mou
                 hint="mount one volume: ORIGIN/VOLUME, or leave it out",
             )
     if options.name is not None:
-        _check_name(ctx, options.name)
+        check_name(ctx, "view", options.name)
     limit = overlays.limit_of(ctx, options.overlay_limit_bytes) if options.writable else None
     return replace(options, exposure=exposure, overlay_limit_bytes=limit)
 
 
-def _check_name(ctx: Context, name: str) -> None:
+def check_name(ctx: Context, kind: str, name: str) -> None:
+    """UsageError (`bad-name`), BusyError (`name-taken`): views and islands are unmounted by it."""
     if not NAME.fullmatch(name):
         raise UsageError(
-            f"'{name}' is no name for a view",
+            f"'{name}' is no name for a {kind}",
             code="bad-name",
             hint="up to 63 lower-case letters, digits, '.', '_' and '-'; a letter or digit first",
         )
-    if any(view.name == name for view in ctx.catalog.views()):
+    taken = {
+        **{view.name: "a view" for view in ctx.catalog.views()},
+        **{island.name: "an island" for island in ctx.catalog.islands()},
+    }
+    if name in taken:
         raise BusyError(
-            f"there is a view '{name}' already",
+            f"there is {taken[name]} '{name}' already",
             code="name-taken",
             hint=f"choose another name, or: offload unmount {name}",
         )
+
+
+def _check_free(ctx: Context, chosen: Sequence[View]) -> None:
+    """No view is taken from under placeholders."""
+    for island in ctx.catalog.islands():
+        for view in chosen:
+            if view.id in island.views:
+                raise BusyError(
+                    f"view {view.name} is a disk of placeholders: island {island.name} on "
+                    f"{island.host}",
+                    code="view-in-island",
+                    hint=f"take all of it away: offload unmount {island.name}",
+                )
 
 
 def _check_unmoved(moving: Mapping[str, str], chosen: Sequence[View]) -> None:
@@ -350,13 +432,14 @@ def _check_unmoved(moving: Mapping[str, str], chosen: Sequence[View]) -> None:
             )
 
 
-def _let_go(ctx: Context, chosen: Sequence[View], force: bool) -> None:
-    """Refuse while somebody uses them, or, if forced, disconnect what is connected here."""
+def let_go(ctx: Context, chosen: Sequence[View], force: bool, ours: Collection[str] = ()) -> None:
+    """Refuse while somebody uses them, or, if forced, disconnect what is connected here. Clients
+    of the names `ours` are no reason to refuse."""
     attached = connect.of_views(ctx.catalog, chosen)
     if not force:
         _check_unconnected(attached)
         for view in chosen:
-            _check_idle(ctx, view)
+            _check_idle(ctx, view, ours)
     elif attached:
         connect.disconnect(ctx, [connection.id for connection in attached], force=True)
 
@@ -371,9 +454,10 @@ def _check_unconnected(attached: Sequence[Connection]) -> None:
         )
 
 
-def _check_idle(ctx: Context, view: View) -> None:
+def _check_idle(ctx: Context, view: View, ours: Collection[str]) -> None:
     target = compose.target(view.target, ctx.instance)
-    clients = target.clients(_run_dir(ctx, view.id), view.server)
+    connected = target.clients(_run_dir(ctx, view.id), view.server)
+    clients = [client for client in connected if client.name not in ours]
     if clients:
         who = ", ".join(client.who for client in clients)
         number = f"{len(clients)} client" + ("s" if len(clients) > 1 else "")
@@ -387,22 +471,12 @@ def _check_idle(ctx: Context, view: View) -> None:
 # -- what is new ------------------------------------------------------------------------------
 
 
-def _fresh(ctx: Context, op: Operation, group: str, progress: Progress | None) -> Origin:
-    """A TimeMark made for this mount; its id is journalled before it exists."""
-    chosen = new_id()
-    op.intend("timemark", "delete-unused", {"ids": dump([chosen])})
-    options = director.CreateOptions(purpose="mount", id=chosen)
-    made = director.create(ctx, group, options, progress)
-    op.done("timemark")
-    return Origin(kind=OriginKind.TIMEMARK, id=made.id)
-
-
-def _free_name(point: Point, taken: set[str]) -> str:
-    """`GROUP-VOLUME-ID`, the id cut short; a number behind it where that is taken."""
+def free_name(stem: str, tail: str, taken: Collection[str]) -> str:
+    """The stem, cut short for the tail; a number behind it where that is taken."""
     number = 1
     while True:
-        tail = f"-{point.id[:_SHORT_ID]}" + (f"-{number}" if number > 1 else "")
-        name = f"{point.group}-{point.volume}"[: _NAME_MAX - len(tail)] + tail
+        end = tail + (f"-{number}" if number > 1 else "")
+        name = stem[: _NAME_MAX - len(end)] + end
         if name not in taken:
             return name
         number += 1
@@ -531,7 +605,7 @@ def _withdraw(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> 
     compose.target(args["target"], instance).withdraw(Path(args["run_dir"]), server)
 
 
-def _fresh_timemarks(ctx: Context, chosen: Sequence[View]) -> list[str]:
+def fresh_timemarks(ctx: Context, chosen: Sequence[View]) -> list[str]:
     """TimeMarks that were made for a mount and that only these views show."""
     going = {view.id for view in chosen}
     stay = {_timemark_of(view) for view in ctx.catalog.views() if view.id not in going}

@@ -8,6 +8,7 @@ from offload import compose
 from offload.errors import NotFoundError
 from offload.model import Snapshot, Source, TimeMark
 from offload.origin import Origin, OriginKind
+from offload.services import groups
 from offload.services.context import Context
 
 
@@ -28,7 +29,7 @@ class Point:
 def volumes(ctx: Context, origin: Origin) -> tuple[str, ...]:
     """The volumes that an origin stands for; NotFoundError (`unknown-volume`)."""
     if origin.kind is OriginKind.GROUP:
-        return ctx.instance.config.group(origin.id).volumes
+        return groups.resolve(ctx, origin.id).config.volumes
     if origin.kind is OriginKind.TIMEMARK:
         there = tuple(s.volume for s in ctx.catalog.timemark(origin.id).snapshots)
     else:
