@@ -31,6 +31,13 @@ from offload.catalog.rows import ParentLink, Row, Verification
 from offload.catalog.schema import corrupt, open_engine, translated, writing
 from offload.errors import BusyError, NotFoundError, OffloadError
 from offload.ids import match_prefix
+from offload.inventory import (
+    Datastore,
+    HypervisorHost,
+    Inventory,
+    InventoryChange,
+    InventoryVm,
+)
 from offload.island import Island
 from offload.model import Backup, BackupId, Connection, LegalHold, TimeMark, View
 
@@ -191,6 +198,58 @@ class Catalog:
         """All, the newest last."""
         table = tables.islands
         return self._all(select(table).order_by(table.c.created_at, table.c.id), rows.island_of)
+
+    # inventories
+
+    def set_inventory(self, inventory: Inventory) -> None:
+        """What a hypervisor has now, in the place of what it had."""
+        entries: list[rows.InventoryEntry] = [
+            *inventory.vms,
+            *inventory.datastores,
+            *inventory.hosts,
+        ]
+        table, name = tables.inventories, inventory.hypervisor
+        with self._write() as db:
+            db.execute(delete(table).where(table.c.hypervisor == name))  # with its entries
+            db.execute(insert(table), {"hypervisor": name, "taken_at": inventory.taken_at})
+            if entries:
+                db.execute(
+                    insert(tables.inventory_entries),
+                    [rows.inventory_row(name, entry) for entry in entries],
+                )
+
+    def change_inventory(self, hypervisor: str, change: InventoryChange) -> None:
+        """Bring an inventory up to date; NotFoundError (`unknown-inventory`) if there is none."""
+        table, head = tables.inventory_entries, tables.inventories
+        entries: list[rows.InventoryEntry] = [*change.vms, *change.datastores, *change.hosts]
+        old = {*change.gone, *(entry.id for entry in entries)}
+        with self._write() as db:
+            newer = update(head).where(head.c.hypervisor == hypervisor).values(taken_at=change.at)
+            if db.execute(newer).rowcount == 0:
+                raise NotFoundError(f"no inventory of {hypervisor}", code="unknown-inventory")
+            if old:
+                at = (table.c.hypervisor == hypervisor, table.c.id == bindparam("old"))
+                db.execute(delete(table).where(*at), [{"old": moref} for moref in sorted(old)])
+            if entries:
+                db.execute(
+                    insert(table), [rows.inventory_row(hypervisor, entry) for entry in entries]
+                )
+
+    def inventory(self, hypervisor: str) -> Inventory | None:
+        """What a hypervisor had when it was last asked, by name; None if it never was."""
+        head, table = tables.inventories, tables.inventory_entries
+        heads = self._all(select(head).where(head.c.hypervisor == hypervisor), dict)
+        query = select(table).where(table.c.hypervisor == hypervisor)
+        found = self._all(query.order_by(table.c.name, table.c.id), rows.inventory_entry_of)
+        if not heads:
+            return None
+        return Inventory(
+            hypervisor=hypervisor,
+            taken_at=heads[0]["taken_at"],
+            vms=tuple(entry for entry in found if isinstance(entry, InventoryVm)),
+            datastores=tuple(entry for entry in found if isinstance(entry, Datastore)),
+            hosts=tuple(entry for entry in found if isinstance(entry, HypervisorHost)),
+        )
 
     # backups
 
