@@ -15,6 +15,7 @@ from typing import Any
 from offload import run
 from offload.services.context import Context, open_context
 from offload.testing.pools import loop_pool, mounted
+from offload.testing.warm import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLOAD = ROOT / ".venv" / "bin" / "offload"
@@ -46,8 +47,8 @@ class Site:
 
     def run(self, *words: str, **env: str) -> run.Completed:
         """Run `offload`; the caller looks at the status."""
-        argv = [str(OFFLOAD), "--config", str(self.config), *words]
-        return run.run(argv, check=False, timeout_s=120, env=env)
+        argv = ("-m", "offload.cli", "--config", str(self.config), *words)
+        return warm_python().run(*argv, env=env)
 
     def ok(self, *words: str, **env: str) -> str:
         """Run `offload`, which must succeed."""

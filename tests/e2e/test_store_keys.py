@@ -24,6 +24,7 @@ from offload.services import store_keys, stores
 from offload.services.context import open_context
 from offload.services.keymaker import HandOver, KeyMaker
 from offload.stores.disk import DiskStore
+from offload.testing.warm import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLOAD = ROOT / ".venv" / "bin" / "offload"
@@ -72,8 +73,8 @@ class Keyed:
         path.chmod(0o600)
 
     def run(self, *words: str, **env: str) -> run.Completed:
-        argv = [str(OFFLOAD), "--config", str(self.folder / "o.toml"), *words]
-        return run.run(argv, check=False, timeout_s=120, env=env)
+        argv = ("-m", "offload.cli", "--config", str(self.folder / "o.toml"), *words)
+        return warm_python().run(*argv, env=env)
 
     def ok(self, *words: str, **env: str) -> str:
         done = self.run(*words, **env)

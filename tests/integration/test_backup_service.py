@@ -27,6 +27,7 @@ from offload.image import Image
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.model import BackupSource, Snapshot
 from offload.retention import KeepRules
+from offload.run import Completed
 from offload.services import backups, stores
 from offload.services.backup import BackupReport, backup
 from offload.services.context import Context, open_context
@@ -35,6 +36,7 @@ from offload.services.verify import Problem, VerifyOptions, verify
 from offload.snapshots.copy import CopyProvider
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
+from offload.testing.warm import warm_python
 
 CHUNK = 4096
 SIZES = {"db": 61 * CHUNK + 1024, "web": 20 * CHUNK}
@@ -167,11 +169,8 @@ class Site:
             p.relative_to(self.folder / "store").as_posix() for p in base.rglob("*") if p.is_file()
         )
 
-    def run(self, what: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(self.config), what],
-            env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+    def run(self, what: str, **env: str) -> Completed:
+        return warm_python().run("-c", SCRIPT, str(self.config), what, env=env)
 
 
 @pytest.fixture
@@ -610,7 +609,7 @@ def test_prune_beside_others_goes_on_and_who_needs_the_store_alone_is_waited_for
 def _traced(site: Site, what: str) -> list[str]:
     trace = site.folder / "trace"
     done = site.run(what, **{TRACE_ENV: str(trace)})
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.stderr
     found = trace.read_text().splitlines()
     trace.unlink()
     return [s for s in dict.fromkeys(found) if not s.startswith(("undo.", "timemark."))]
@@ -624,9 +623,9 @@ def test_backup_killed_at_any_step_leaves_no_garbage_or_a_whole_backup(site: Sit
         site.scribble("db", 6)
         before = [site.objects(f) for f in ("packs", "index", "manifests")]
         done = site.run("backup", **{CRASH_ENV: step})
-        if done.returncode == 0:
+        if done.status == 0:
             continue  # a step of the first backup only
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert done.status == -signal.SIGKILL, done.stderr
         site.ctx.journal.recover()
         assert site.objects("tmp") == []
         known = {b.id for b in site.ctx.catalog.backups(store="main")}
@@ -662,7 +661,7 @@ def test_prune_killed_at_any_step_keeps_what_is_kept_and_the_next_frees_the_rest
     for step in steps:
         fill()
         done = site.run("prune", **{CRASH_ENV: step})
-        assert done.returncode == -signal.SIGKILL, (step, done.stderr)
+        assert done.status == -signal.SIGKILL, (step, done.stderr)
         site.ctx.journal.recover()
         known = {b.id for b in site.ctx.catalog.backups(store="main")}
         assert {n.rpartition("/")[2] for n in site.objects("manifests")} == known
@@ -680,7 +679,7 @@ def test_backup_that_built_on_one_killed_before_its_manifest_stays_whole(site: S
     site.back_up()
     site.scribble("db", 10)
     done = site.run("backup", **{CRASH_ENV: "backup.manifest.before"})
-    assert done.returncode == -signal.SIGKILL
+    assert done.status == -signal.SIGKILL
     site.back_up()  # before anybody has recovered
     site.ctx.journal.recover()
     site.check_readable()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from offload.services.context import Context, open_context
 from offload.services.prune import prune
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
+from offload.testing.warm import warm_python
 
 CONFIG = """
 state_dir = "{folder}/state"
@@ -82,9 +81,8 @@ def _objects(ctx: Context) -> DiskStore:
 
 
 def _killed(ctx: Context, tmp_path: Path, verb: str, ident: str, at: str) -> None:
-    argv = [sys.executable, "-c", SCRIPT, str(tmp_path / "offload.toml"), verb, ident]
-    done = subprocess.run(argv, env={**os.environ, CRASH_ENV: at}, check=False, timeout=60)
-    assert done.returncode == -9
+    argv = ("-c", SCRIPT, str(tmp_path / "offload.toml"), verb, ident)
+    assert warm_python().run(*argv, env={CRASH_ENV: at}).status == -9
 
 
 def test_hold_keeps_a_backup_from_rules_and_from_deletion_until_its_release(ctx: Context) -> None:

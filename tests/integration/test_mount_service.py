@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +30,7 @@ from offload.services import director, timemark
 from offload.services import mount as mounts
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
+from offload.testing.warm import warm_python
 from targets import processes
 
 MIB = 1 << 20
@@ -416,14 +415,7 @@ def test_remount_leaves_a_closing_view_alone(ctx: Context, mark: TimeMark) -> No
 
 
 def _run(config: Path, *words: str, **env: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(config), *words],
-        env={**os.environ, **env},
-        check=False,
-        timeout=60,
-        close_fds=True,
-    )
-    return done.returncode
+    return warm_python().run("-c", SCRIPT, str(config), *words, env=env).status
 
 
 def _steps(config: Path, folder: Path, *words: str) -> list[str]:

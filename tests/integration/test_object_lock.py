@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -37,6 +35,7 @@ from offload.testing.backup_site import PROVIDER
 from offload.testing.fault_proxy import fault_proxy
 from offload.testing.locked_site import CHUNK, SIZES, Attacker, LockedSite, Place, locked_site
 from offload.testing.rgw import RunningRgw, S3User
+from offload.testing.warm import warm_python
 
 LOCK = """
 [stores.main.lock]
@@ -391,12 +390,9 @@ def test_backup_killed_is_taken_back_or_whole_and_the_next_one_is_locked(
     site.back_up()
     site.scribble()
     taken = {n: site.volume(n).read_bytes() for n in SIZES}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(site.folder / "offload.toml")],
-        env={**os.environ, CRASH_ENV: killed_at},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    argv = ("-c", SCRIPT, str(site.folder / "offload.toml"))
+    done = warm_python().run(*argv, env={CRASH_ENV: killed_at})
+    assert done.status == -signal.SIGKILL, done.stderr
     site.ctx.journal.recover()
     assert site.ctx.journal.leftovers() == []
     with site.repository() as repository:

@@ -31,6 +31,7 @@ from offload.services.verify import verify
 from offload.snapshots.copy import CopyProvider
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
+from offload.testing.warm import warm_python
 
 CHUNK = 4096
 SIZE = 40 * CHUNK
@@ -212,9 +213,8 @@ def test_prune_killed_while_it_folds_leaves_all_backups_whole(
 ) -> None:
     for _ in range(12):
         site.night()
-    argv = [sys.executable, "-c", SCRIPT, str(tmp_path / "offload.toml")]
-    done = subprocess.run(argv, env={**os.environ, CRASH_ENV: at}, check=False, timeout=60)
-    assert done.returncode == -9
+    argv = ("-c", SCRIPT, str(tmp_path / "offload.toml"))
+    assert warm_python().run(*argv, env={CRASH_ENV: at}).status == -9
     site.ctx.journal.recover()
     site.check()
     site.night()

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from offload.services.restore import Request, restore
 from offload.services.verify import verify
 from offload.testing.ceph import USER, RunningCeph
 from offload.testing.rbd_site import MIB, RbdSite, writing
+from offload.testing.warm import warm_python
 
 CONFIG = """
 state_dir = "{folder}/state"
@@ -307,8 +307,7 @@ def test_backup_of_a_recreated_image_is_full_again(
 
 def call(ctx: Context, *words: str, **env: str) -> run.Completed:
     assert ctx.instance.config_path is not None
-    argv = [sys.executable, "-c", SCRIPT, str(ctx.instance.config_path), *words]
-    return run.run(argv, env=env, check=False, timeout_s=120)
+    return warm_python().run("-c", SCRIPT, str(ctx.instance.config_path), *words, env=env)
 
 
 def steps_of(ctx: Context, folder: Path, *words: str) -> list[str]:

@@ -19,6 +19,7 @@ from offload import procs, qemu_nbd, run
 from offload.cli.main import run as offload
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.testing.pools import loop_device
+from offload.testing.warm import warm_python
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 12 * MIB + 4096  # neither of whole windows nor of whole chunks
@@ -72,8 +73,7 @@ class Place:
 
     def apart(self, *words: str, **env: str) -> run.Completed:
         """Run a command in a process of its own, with small windows."""
-        argv = [sys.executable, "-c", SMALL, "--config", self.config, *words]
-        return run.run(argv, check=False, env=env, timeout_s=120)
+        return warm_python().run("-c", SMALL, "--config", self.config, *words, env=env)
 
     def killed(self, step: str, to: Path | str, *words: str) -> None:
         """Restore in a process that dies at a step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from offload import procs, run
+from offload import procs
 from offload.errors import BusyError, UnavailableError
 from offload.journal import CRASH_ENV, TRACE_ENV
 from offload.model import TimeMark, View
@@ -25,6 +24,7 @@ from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
 from offload.testing.instances import free_port
 from offload.testing.libiscsi import Initiator
+from offload.testing.warm import warm_python
 from targets import tgt_mgmt
 from targets.tgt_server import PortalServer
 
@@ -241,8 +241,7 @@ def test_server_that_hangs_is_ended_by_a_forced_unmount_and_remount_serves_the_r
 
 
 def _run(config: Path, command: str, place: str = "", **env: str) -> int:
-    argv = [sys.executable, "-c", SCRIPT, str(config), command, place]
-    return run.run(argv, env=env, check=False, cwd=ROOT).status
+    return warm_python().run("-c", SCRIPT, str(config), command, place, env=env).status
 
 
 def _steps(config: Path, folder: Path, command: str) -> list[str]:

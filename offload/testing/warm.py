@@ -1,0 +1,253 @@
+"""Python programs that start at once: a process that has loaded what they load, and forks.
+
+Each is a process of its own, as if Python had been started for it: its own arguments, environment,
+streams and end; it may be killed, and nothing of it stays for the next one. What this does not show
+is how long loading takes, and an import that is missing.
+
+The warm process gets a datagram for each, `{"argv": …, "env": …}` as JSON with three descriptors:
+stdout, stderr and a socket for the answers, which are the pid, then the status.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import select
+import signal
+import socket as sockets
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import NoReturn
+
+from offload import run
+
+_REQUEST_BYTES = 1 << 17
+_PACKAGES = ("offload.cli", "offload.engine", "offload.format", "offload.services")
+# what commands load on their way
+_MORE = (
+    "alembic.command", "alembic.runtime.environment", "argon2.low_level", "blake3", "boto3",
+    "cryptography.hazmat.primitives.ciphers.aead", "cryptography.x509", "nbd", "numpy",
+    "offload.images.backup", "offload.images.file", "offload.images.nbd", "offload.quiescers.local",
+    "offload.snapshots.reflink", "offload.stores.disk", "offload.stores.s3", "rich.console",
+    "rich.progress", "rich.table", "sqlalchemy.dialects.sqlite.pysqlite", "targets.nbd",
+    "tomllib", "zstandard",
+)  # fmt: skip
+
+
+class WarmPython:
+    """The warm process, from the first program on; it ends with ours, or by `close`. Programs of
+    several threads run side by side."""
+
+    def __init__(self) -> None:
+        self._starting = threading.Lock()
+        self._orders: sockets.socket | None = None
+
+    def run(
+        self, *argv: str, env: Mapping[str, str] | None = None, timeout_s: float = 120
+    ) -> run.Completed:
+        """Run `python -c CODE …` or `python -m MODULE …`, as `run.run` does with `check=False`."""
+        began = time.monotonic()
+        answers, theirs = sockets.socketpair()
+        readers, writers = zip(os.pipe(), os.pipe(), strict=True)
+        said: list[bytes] = [b"", b""]
+        with answers:
+            try:
+                data = json.dumps({"argv": argv, "env": run.child_env(env)}).encode()
+                sockets.send_fds(self._started(), [data], [*writers, theirs.fileno()])
+            finally:
+                theirs.close()
+                for fd in writers:
+                    os.close(fd)
+            listeners = [
+                threading.Thread(target=_read_all, args=(fd, said, place), daemon=True)
+                for place, fd in enumerate(readers)
+            ]
+            for thread in listeners:
+                thread.start()
+            status = _await(answers, began + timeout_s)
+        for thread in listeners:
+            thread.join(max(0.0, began + timeout_s - time.monotonic()))
+        if status is None or any(thread.is_alive() for thread in listeners):
+            raise run.ProgramError(argv, None, time.monotonic() - began, "")
+        return run.Completed(
+            argv=argv,
+            status=status,
+            seconds=time.monotonic() - began,
+            stdout=said[0].decode("utf-8", "replace"),
+            stderr=said[1].decode("utf-8", "replace"),
+        )
+
+    def _started(self) -> sockets.socket:
+        """The wire to the warm process."""
+        with self._starting:
+            if self._orders is None:
+                self._orders, theirs = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+                with theirs:
+                    self._process = run.spawn(
+                        [sys.executable, __file__, str(theirs.fileno())],
+                        stdout=None,
+                        stderr=None,
+                        pass_fds=[theirs.fileno()],
+                    )
+            return self._orders
+
+    def close(self) -> None:
+        """End the warm process; commands that run go on. Idempotent."""
+        with self._starting:
+            if self._orders is not None:
+                self._orders.close()
+                self._orders = None
+                self._process.wait()
+
+
+@cache
+def warm_python() -> WarmPython:
+    """The one of this process."""
+    return WarmPython()
+
+
+def _read_all(fd: int, said: list[bytes], place: int) -> None:
+    with os.fdopen(fd, "rb") as stream:
+        said[place] = stream.read()
+
+
+def _await(answers: sockets.socket, until: float) -> int | None:
+    """The status of the program, below 0 a signal's number; None where it is late: then it is
+    killed. OSError where the warm process has ended."""
+    with answers.makefile("rb", buffering=0) as lines:
+        pid = _number(lines.readline())
+        answers.settimeout(max(0.0, until - time.monotonic()))
+        try:
+            return _number(lines.readline())
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            return None
+
+
+def _number(line: bytes) -> int:
+    if not line:
+        raise ConnectionResetError("the warm process has ended")
+    return int(line)
+
+
+# -- the warm process ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A program to become."""
+
+    argv: list[str]
+    env: dict[str, str]
+    streams: tuple[int, int]
+
+
+def load() -> None:
+    """Import what programs import."""
+    for name in _PACKAGES:
+        package = importlib.import_module(name)
+        for found in pkgutil.iter_modules(package.__path__, f"{name}."):
+            if not found.name.endswith(".__main__"):
+                importlib.import_module(found.name)
+    for name in _MORE:
+        importlib.import_module(name)
+    gc.freeze()  # no collection writes to pages that the programs share
+
+
+def serve(orders: sockets.socket) -> Order | None:
+    """Fork for each order: returns it in the child, and None in the warm process at the end."""
+    running: dict[int, tuple[int, sockets.socket]] = {}  # pidfd → pid, where the status goes
+    poll = select.poll()
+    poll.register(orders, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            if fd != orders.fileno():
+                poll.unregister(fd)
+                _tell_status(fd, *running.pop(fd))
+                continue
+            data, fds, _, _ = sockets.recv_fds(orders, _REQUEST_BYTES, 3)
+            if not data:
+                return None
+            answers = sockets.socket(fileno=fds[2])
+            pid = os.fork()
+            if pid == 0:
+                for left, (_, wire) in running.items():
+                    os.close(left)
+                    wire.close()
+                answers.close()
+                orders.close()
+                return Order(**json.loads(data), streams=(fds[0], fds[1]))
+            for taken in fds[:2]:
+                os.close(taken)
+            ended = os.pidfd_open(pid)
+            running[ended] = (pid, answers)
+            poll.register(ended, select.POLLIN)
+            with contextlib.suppress(BrokenPipeError):
+                answers.sendall(b"%d\n" % pid)
+
+
+def _tell_status(ended: int, pid: int, answers: sockets.socket) -> None:
+    os.close(ended)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with answers, contextlib.suppress(BrokenPipeError):  # nobody may wait any more
+        answers.sendall(b"%d\n" % status)
+
+
+def become(order: Order) -> NoReturn:
+    """Take the streams, the environment and the arguments of a program, and run it."""
+    for place, fd in enumerate(order.streams, 1):
+        os.dup2(fd, place)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(order.env)
+    how, what, *rest = order.argv
+    sys.argv[:] = [how, *rest]
+    sys.path[0] = ""
+    try:
+        if how == "-c":
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
+        else:
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        status = _status_of(end.code)
+    except BaseException:  # noqa: BLE001 - what Python does with it, too
+        traceback.print_exc()
+        status = 1
+    _leave(status)
+
+
+def _status_of(code: object) -> int:
+    if code is None or isinstance(code, int):
+        return code or 0
+    print(code, file=sys.stderr)  # noqa: T201 - as Python says it
+    return 1
+
+
+def _leave(status: int) -> NoReturn:
+    """End as Python does, but for the memory: to free all that was loaded takes longer than most
+    programs run."""
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - waits for threads
+    atexit._run_exitfuncs()  # noqa: SLF001
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    load()
+    wanted = serve(sockets.socket(fileno=int(sys.argv[1])))
+    if wanted is not None:
+        become(wanted)
