@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from offload.errors import NotFoundError, OffloadError, PrivilegeError, UnavailableError
 
@@ -117,14 +118,14 @@ class Libvirt:
         """Raises UnavailableError (`libvirt-unavailable`), PrivilegeError."""
         self.uri = uri
         self._libvirt, self._qemu = _load(folder)
-        with self._translated("cannot be reached"):
+        with self.translated("cannot be reached"):
             self._connection = self._libvirt.open(_without_questions(uri))
         with contextlib.suppress(self._libvirt.libvirtError):  # drivers without a network
             self._connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
 
     def domain(self, name: str) -> Domain:
         """By name or UUID. Raises NotFoundError (`unknown-domain`)."""
-        with self._translated(f"has no domain {name}"):
+        with self.translated(f"has no domain {name}"):
             try:
                 return Domain(self, self._connection.lookupByName(name))
             except self._libvirt.libvirtError as error:
@@ -155,8 +156,24 @@ class Libvirt:
     ) -> None:
         self.close()
 
+    @property
+    def local(self) -> bool:
+        """Whether the daemon is of this machine, as far as the URI says."""
+        return not urlsplit(self.uri).hostname
+
+    @property
+    def connection(self) -> Any:
+        """libvirt's own; its calls belong into `translated` or `about`."""
+        return self._connection
+
+    @property
+    def api(self) -> Any:
+        """libvirt's module."""
+        return self._libvirt
+
     @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
+    def translated(self, what: str) -> Iterator[None]:
+        """Translate errors of calls to the daemon: `libvirt at URI WHAT`."""
         try:
             yield
         except self._libvirt.libvirtError as error:
@@ -195,6 +212,11 @@ class Domain:
         self._handle = handle
         self.name: str = handle.name()
         self.uuid: str = handle.UUIDString()
+
+    @property
+    def handle(self) -> Any:
+        """libvirt's own; its calls belong into `Libvirt.about`."""
+        return self._handle
 
     def state(self) -> DomainState:
         """What it does now."""

@@ -40,16 +40,21 @@ _CONF = {
     "remember_owner = 0\ndynamic_ownership = 0\n",
     "libvirtd.conf": 'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:stderr"\n',
 }
+_TCP = (
+    'listen_tls = 0\nlisten_tcp = 1\nlisten_addr = "127.0.0.1"\ntcp_port = "{port}"\n'
+    'auth_tcp = "none"\n'
+)
 # libvirt looks its user up before it reads which one it is to be
 _USER = {"passwd": "libvirt-qemu:x:64055:64055::/:/bin/false\n", "group": "libvirt-qemu:x:64055:\n"}
-# $1: the folder. Process 1 reaps QEMUs, which are daemons; a libvirtd that has ended starts again.
+# $1: the folder; $2: options. Process 1 reaps QEMUs, which are daemons; a libvirtd that has ended
+# starts again.
 _START = """
 mount -t tmpfs run /run
 for folder in /var/lib /var/log /var/cache; do mount -t tmpfs libvirt $folder; done
 mount --bind "$1/etc" /etc/libvirt
 for file in passwd group; do mount --bind "$1/$file" /etc/$file; done
 while :; do
-    libvirtd --config "$1/etc/libvirtd.conf" --pid-file /run/libvirtd.pid &
+    libvirtd --config "$1/etc/libvirtd.conf" --pid-file /run/libvirtd.pid $2 &
     wait $! || :
 done
 """
@@ -105,14 +110,19 @@ exec qemu-ga -m virtio-serial -p "/dev/$(basename "$(dirname "$file")")" -t /run
 
 
 class LibvirtHost:
-    """A running daemon. `folder` is short, root's, and its own."""
+    """A running daemon. `folder` is short, root's, and its own. With `tcp_port` it is reached at
+    `tcp_uri`, too, as one of another machine is."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tcp_port: int | None = None) -> None:
         self.folder = folder
         self.uri = f"qemu:///system?socket={folder}/libvirt-sock"
+        self.tcp_uri = f"qemu+tcp://127.0.0.1:{tcp_port}/system"
+        self._options = "--listen" if tcp_port is not None else ""
         (folder / "etc").mkdir(exist_ok=True)
         for name, text in _CONF.items():
             more = f'unix_sock_dir = "{folder}"\n' if name == "libvirtd.conf" else ""
+            if more and tcp_port is not None:
+                more += _TCP.format(port=tcp_port)
             (folder / "etc" / name).write_text(text + more)
         for name, line in _USER.items():
             (folder / name).write_text(Path("/etc", name).read_text() + line)
@@ -124,7 +134,7 @@ class LibvirtHost:
         run.require_program("libvirtd", "libvirt-daemon")
         argv = [unshare, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         daemon = Daemon(
-            argv=[*argv, "bash", "-euc", _START, "bash", str(self.folder)],
+            argv=[*argv, "bash", "-euc", _START, "bash", str(self.folder), self._options],
             log=self.folder / "libvirtd.log",
             end_with=signal.SIGKILL,  # --kill-child: process 1 of the namespace, and all with it
         )
