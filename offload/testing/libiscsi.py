@@ -69,7 +69,8 @@ class Login:
 
 
 class Initiator:
-    """One session with the LUN of a URI `iscsi://ADDRESS:PORT/IQN/LUN`. ScsiError if refused."""
+    """One session with the LUN of a URI `iscsi://ADDRESS:PORT/IQN/LUN`, with LUN -1 with the target
+    alone. ScsiError if refused."""
 
     def __init__(self, uri: str, login: Login | None = None, *, timeout_s: int = 30) -> None:
         login = login or Login()
@@ -91,7 +92,7 @@ class Initiator:
                 who, secret = login.mutual_user.encode(), login.mutual_secret.encode()
                 self._call("set_target_username_pwd", who, secret)
             self._call("full_connect_sync", parts.netloc.encode(), self._lun)
-            self.blocks, self.block_size = self._capacity()
+            self.blocks, self.block_size = self._capacity() if self._lun >= 0 else (0, 512)
         except BaseException:
             self._library.iscsi_destroy_context(self._context)
             raise
@@ -123,6 +124,18 @@ class Initiator:
         """All mode pages, MODE SENSE(6)."""
         return self._task("modesense6_sync", 0, 0, 0x3F, 0, 255)
 
+    def report_luns(self) -> list[int]:
+        """The numbers of the target's LUNs that are disks."""
+        # SPC-4, 6.33: a header of 8 bytes, then 8 bytes each; SAM-5, 4.7: peripheral and flat space
+        data = self._task("reportluns_sync", 0, 4096, of_target=True)
+        entries = [data[at : at + 2] for at in range(8, len(data) - 7, 8)]
+        found = []
+        for number in ((entry[0] & 0x3F) << 8 | entry[1] for entry in entries):
+            self._lun = number
+            if self.inquiry()[0] == 0:  # connected, and a direct access block device
+                found.append(number)
+        return found
+
     def close(self) -> None:
         """Log out."""
         if self._context is not None:
@@ -148,9 +161,10 @@ class Initiator:
         if getattr(self._library, f"iscsi_{name}")(self._context, *args) != 0:
             raise ScsiError(self._words(name))
 
-    def _task(self, name: str, *args: object) -> bytes:
+    def _task(self, name: str, *args: object, of_target: bool = False) -> bytes:
         function = getattr(self._library, f"iscsi_{name}")
-        task = function(self._context, self._lun, *args)
+        to = () if of_target else (self._lun,)
+        task = function(self._context, *to, *args)
         if not task:
             raise ScsiError(self._words(name))
         try:
@@ -165,6 +179,13 @@ class Initiator:
     def _words(self, name: str) -> str:
         said = self._library.iscsi_get_error(self._context) or b""
         return f"{name}: {said.decode(errors='replace')}"
+
+
+def find_luns(uri: str, login: Login | None = None, *, timeout_s: int = 30) -> list[int]:
+    """The LUNs of the target of a URI (its own LUN does not matter) that are disks."""
+    target, _, _ = uri.rpartition("/")
+    with Initiator(f"{target}/-1", login, timeout_s=timeout_s) as session:
+        return session.report_luns()
 
 
 @cache
@@ -198,4 +219,6 @@ def _load() -> Any:
         function = getattr(library, f"iscsi_{name}_sync")
         function.restype = ctypes.POINTER(_Task)
         function.argtypes = [context, ctypes.c_int, *arguments]
+    library.iscsi_reportluns_sync.restype = ctypes.POINTER(_Task)
+    library.iscsi_reportluns_sync.argtypes = [context, flag, flag]
     return library

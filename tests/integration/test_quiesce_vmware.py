@@ -34,10 +34,10 @@ from offload.quiescers import vmware
 from offload.quiescers.vmware import VmwarePart, undo_remove
 from offload.testing.certificates import Wanted, issue
 from offload.testing.instances import free_port, make_instance
-from offload.testing.vsphere.model import VmPlan
-from offload.testing.vsphere.properties import Managed
-from offload.testing.vsphere.server import PASSWORD, Vcenter, running_vcenter
 from offload.vsphere import Vsphere
+from tests.vsphere_sim.model import VmPlan
+from tests.vsphere_sim.properties import Managed
+from tests.vsphere_sim.server import PASSWORD, Vcenter, running_vcenter
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -130,8 +130,8 @@ def test_vmware_snapshot_lives_from_freeze_to_thaw(
     assert vcenter.model.snapshot_names(shop) == []
     assert part.unbroken
     assert part.holds_nothing
-    assert part.what == ("[ds1] shop/shop_0.vmdk",)
-    assert "[ds1] shop/shop_0-000001.vmdk" in part.output
+    assert part.what == ("[ds1] shop/shop.vmdk",)
+    assert "[ds1] shop/shop-000001.vmdk" in part.output
     assert part.snapshot_name in part.output
     assert part.snapshot_name.startswith(f"offload.{part._instance.id}.")
 

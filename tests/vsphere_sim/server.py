@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from offload.testing.certificates import make_authority, write_private, write_server
-from offload.testing.vsphere.model import Model
-from offload.testing.vsphere.soap import served
+from tests.vsphere_sim.model import Model
+from tests.vsphere_sim.soap import served
 
 USER = "offload@vsphere.local"
-PASSWORD = "correct horse battery staple"  # noqa: S105 - of a server on loopback, for a test
+PASSWORD = "correct horse battery staple"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

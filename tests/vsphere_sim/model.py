@@ -1,0 +1,324 @@
+"""What the simulator is: managed objects, calls, tasks. What it does lies in its parts."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pyVmomi import vim, vmodl
+
+from tests.vsphere_sim.calls import Call, Part, Recorded
+from tests.vsphere_sim.collector import Collector
+from tests.vsphere_sim.datastores import Datastores
+from tests.vsphere_sim.hosts import Hosts
+from tests.vsphere_sim.inventory import Inventory
+from tests.vsphere_sim.properties import Managed, Properties
+from tests.vsphere_sim.registration import Registration
+from tests.vsphere_sim.sessions import Sessions
+from tests.vsphere_sim.snapshots import Snapshots
+from tests.vsphere_sim.soap import SoapFault
+from tests.vsphere_sim.storage import Storage
+from tests.vsphere_sim.vms import VmPlan
+
+__all__ = ["Model", "VmPlan", "Weather"]
+
+
+@dataclass(slots=True)
+class Weather:
+    """Faults on demand. `fault(method)`: what a call, or a task that it starts, fails with;
+    `hold`: tasks of these methods wait for the event; `latency_s`: how long a call takes, by
+    method, and a task, by its method. `inventory_lag_s`: how long after a rescan has returned its
+    datastores appear: RescanVmfs does not wait for the inventory to know what the host found."""
+
+    fault: Callable[[str], Any] = lambda _method: None
+    hold: dict[str, threading.Event] = field(default_factory=dict)
+    latency_s: dict[str, float] = field(default_factory=dict)
+    inventory_lag_s: float = 0.0
+    quiesces: bool = True  # else a snapshot is made, and says that it is not quiesced
+    consolidation_fails: bool = False  # a removal leaves the delta, and consolidationNeeded
+    clock_ahead: timedelta = timedelta()
+
+
+class Model:
+    """Answers calls as a vCenter does. `calls` has their names in order, `record` all of each.
+    Thread safe.
+
+    A property is read by its object's own call (Fetch), many by the property collector.
+    """
+
+    def __init__(self, user: str, password: str) -> None:
+        self.weather = Weather()
+        self.calls: list[str] = []
+        self.record: list[Recorded] = []
+        self.changed = threading.Condition(threading.RLock())
+        self.objects: dict[str, Managed] = {}
+        self.generation = 0  # how often an object came or went
+        self._numbers = itertools.count(1)
+        self._running: dict[str, int] = {}
+        self._busy: dict[str, Any] = {}  # the task that a VM is busy with
+        self.most_at_once: dict[str, int] = {}  # tasks that ran together, by method
+        self._handlers: dict[str, Callable[..., Any]] = {}
+        self.sessions_part = Sessions(self, user, password)
+        self.collector = Collector(self)
+        self.inventory = Inventory(self)
+        self.hosts = Hosts(self)
+        self.datastores = Datastores(self)
+        self.storage = Storage(self)
+        self.snapshots = Snapshots(self)
+        self.registration = Registration(self)
+        for part in list(vars(self).values()):
+            if isinstance(part, Part):
+                self._handlers |= part.handlers()
+
+    # -- for tests: see the parts for more -------------------------------------------------------
+
+    def add_vm(self, plan: VmPlan) -> Managed:
+        """As of `Inventory`."""
+        return self.inventory.add_vm(plan)
+
+    def set_power(self, vm: Managed, state: str, *, clean: bool = True) -> None:
+        """As of `Inventory`."""
+        self.inventory.set_power(vm, state, clean=clean)
+
+    def snapshot_names(self, vm: Managed) -> list[str]:
+        """As of `Snapshots`."""
+        return self.snapshots.names(vm)
+
+    def add_snapshot(self, vm: Managed, name: str) -> None:
+        """As of `Snapshots`."""
+        self.snapshots.add(vm, name)
+
+    def drop_snapshot(self, vm: Managed, name: str) -> None:
+        """As of `Snapshots`."""
+        self.snapshots.drop(vm, name)
+
+    @property
+    def specs(self) -> list[Any]:
+        """How snapshots were to be quiesced."""
+        return self.snapshots.specs
+
+    def end_sessions(self) -> None:
+        """They have expired."""
+        self.sessions_part.end()
+
+    def restart(self) -> None:
+        """vCenter was restarted: no session, collector, view or task of before is known any more.
+        Hosts and VMs go on."""
+        with self.changed:
+            self.end_sessions()
+            kinds = (vim.Task, vim.view.View, vmodl.query.PropertyCollector.Filter)
+            for found in list(self.objects.values()):
+                if isinstance(found.ref, kinds) or self.collector.made(found):
+                    self.forget(found)
+            for found in self.objects.values():
+                if "recentTask" in found.properties:
+                    found.properties["recentTask"] = []
+
+    @property
+    def sessions(self) -> int:
+        """Logged in now."""
+        return self.sessions_part.count
+
+    def now(self) -> datetime:
+        """The server's clock."""
+        return datetime.now(UTC) + self.weather.clock_ahead
+
+    # -- objects ---------------------------------------------------------------------------------
+
+    def number(self) -> int:
+        """One that was never given before."""
+        return next(self._numbers)
+
+    def add(
+        self,
+        kind: Any,
+        prefix: str,
+        moid: str = "",
+        *,
+        parent: Managed | None = None,
+        **values: Any,
+    ) -> Managed:
+        """A new managed object."""
+        with self.changed:
+            ref = kind(moid or f"{prefix}-{self.number()}")
+            made = Managed(ref, Properties(values), parent)
+            if parent is not None:
+                made.properties["parent"] = parent.ref
+            self.objects[made.moid] = made
+            self.generation += 1
+            return made
+
+    def forget(self, found: Managed) -> None:
+        """It is not there any more."""
+        with self.changed:
+            self.objects.pop(found.moid, None)
+            self.generation += 1
+            self.changed.notify_all()
+
+    def of(self, ref: Any) -> Managed:
+        """The object of a reference. Raises SoapFault (ManagedObjectNotFound)."""
+        found = self.objects.get(ref._moId)
+        if found is None:
+            raise SoapFault(
+                vmodl.fault.ManagedObjectNotFound(obj=ref),
+                "The object has already been deleted or has not been completely created",
+            )
+        return found
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def call(self, session: str, reference: Any, method: str, arguments: dict[str, Any]) -> Any:
+        """As of Service."""
+        with self.changed:
+            self.calls.append(method)
+            self.record.append(
+                Recorded(
+                    at=time.monotonic(), session=session, method=method, moid=reference._moId,
+                    arguments=arguments,
+                )
+            )  # fmt: skip
+            found = self.of(reference)
+            call = self.sessions_part.admit(session, found, method)
+        handler = self._handlers.get(method)
+        if handler is None:
+            raise SoapFault(vmodl.fault.MethodNotFound(receiver=found.ref, method=method))
+        if method.endswith("_Task"):  # a task fails by itself
+            return self._start(call, found, handler, arguments)
+        time.sleep(self.weather.latency_s.get(method, 0))
+        self.storm(method)
+        return self._run(handler, call, found, arguments)
+
+    def storm(self, method: str) -> None:
+        """Fail, where that is wanted."""
+        fault = self.weather.fault(method)
+        if fault is not None:
+            raise SoapFault(fault)
+
+    def _run(
+        self, handler: Callable[..., Any], call: Call, found: Managed, arguments: dict[str, Any]
+    ) -> Any:
+        if getattr(handler, "unlocked", False):
+            return handler(call, found, **arguments)
+        with self.changed:
+            try:
+                return handler(call, found, **arguments)
+            finally:
+                self.changed.notify_all()
+
+    # -- tasks -----------------------------------------------------------------------------------
+
+    def _start(
+        self, call: Call, of: Managed, handler: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        """Runs in a thread of its own, as a task does; recentTask of its object names it."""
+        with self.changed:
+            entity = self.snapshots.vm_of(of)
+            self._claim(call.method, entity)
+            info = vim.TaskInfo(
+                key="", descriptionId=_described(call.method, of), state="running",
+                cancelled=False, cancelable=False, queueTime=self.now(), startTime=self.now(),
+                reason=vim.TaskReasonUser(userName=call.user), eventChainId=1,
+                entity=entity.ref if isinstance(entity.ref, vim.ManagedEntity) else None,
+            )  # fmt: skip
+            task = self.add(vim.Task, "task", info=info)
+            info.key, info.task = task.moid, task.ref
+            recent = entity.properties.get("recentTask", [])
+            entity.properties["recentTask"] = [*recent[-9:], task.ref]
+            if call.method in _EXCLUSIVE:
+                self._busy[entity.moid] = task.ref
+        work = (call, task, of, handler, arguments)
+        threading.Thread(target=self._work, args=work, daemon=True).start()
+        return task.ref
+
+    def _claim(self, method: str, entity: Managed) -> None:
+        """TaskInProgress: if the virtual machine is busy with another task of these."""
+        if method in _EXCLUSIVE:
+            busy = self._busy.get(entity.moid)
+            if busy is not None:
+                raise SoapFault(
+                    vim.fault.TaskInProgress(task=busy),
+                    "The operation is not allowed: another task is already in progress.",
+                )
+
+    def _work(
+        self,
+        call: Call,
+        task: Managed,
+        of: Managed,
+        handler: Callable[..., Any],
+        arguments: dict[str, Any],
+    ) -> None:
+        method = call.method
+        with self.changed:
+            self._running[method] = self._running.get(method, 0) + 1
+            most = max(self.most_at_once.get(method, 0), self._running[method])
+            self.most_at_once[method] = most
+        time.sleep(self.weather.latency_s.get(method, 0))
+        if method in self.weather.hold:
+            self.weather.hold[method].wait()
+        info = task.properties["info"]
+        result, fault = None, None
+        try:
+            self.storm(method)
+            result = self._run(handler, call, of, arguments)
+        except SoapFault as error:
+            fault = error.fault
+        except BaseException as error:
+            fault = vmodl.fault.SystemError(reason=repr(error), msg=f"simulator: {error!r}")
+            raise
+        finally:
+            with self.changed:
+                self._running[method] -= 1
+                for moid in [moid for moid, busy in self._busy.items() if busy == task.ref]:
+                    del self._busy[moid]
+                info.completeTime, info.error = self.now(), fault
+                info.state, info.result = ("error", None) if fault else ("success", result)
+                task.properties.touch("info")
+                self.changed.notify_all()
+
+    def later(self, delay_s: float, act: Callable[[], None]) -> None:
+        """Act under the lock, now or after a delay."""
+
+        def run() -> None:
+            with self.changed:
+                act()
+                self.changed.notify_all()
+
+        if delay_s <= 0:
+            run()
+        else:
+            timer = threading.Timer(delay_s, run)
+            timer.daemon = True
+            timer.start()
+
+    def close(self) -> None:
+        """Hosts log out of their targets."""
+        with suppress(OSError):
+            self.storage.close()
+
+
+_EXCLUSIVE = (
+    "CreateSnapshotEx_Task", "CreateSnapshot_Task", "RemoveSnapshot_Task", "RevertToSnapshot_Task",
+    "RemoveAllSnapshots_Task", "ReconfigVM_Task", "ConsolidateVMDisks_Task", "RelocateVM_Task",
+    "Destroy_Task",
+)  # fmt: skip
+_DESCRIPTIONS = {
+    "CreateSnapshot_Task": "VirtualMachine.createSnapshot",
+    "CreateSnapshotEx_Task": "VirtualMachine.createSnapshot",
+    "RemoveSnapshot_Task": "vm.Snapshot.remove",
+    "RevertToSnapshot_Task": "vm.Snapshot.revert",
+    "ConsolidateVMDisks_Task": "VirtualMachine.consolidateDisks",
+}
+
+
+def _described(method: str, of: Managed) -> str:
+    """TaskInfo.descriptionId: type and method, as the message catalog has them."""
+    plain = method.removesuffix("_Task")
+    kind = type(of.ref).__name__.removeprefix("vim.")
+    return _DESCRIPTIONS.get(method, f"{kind}.{plain[:1].lower()}{plain[1:]}")
