@@ -30,14 +30,15 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
         "offload mount backup:b7k2/shop-db --tcp --port 10809",
         "offload mount shop --tcp --address 192.0.2.10 --tls certificates --allow 192.0.2.20",
         "offload mount shop --target lio --initiator iqn.1998-01.com.example:esx1",
+        "offload mount shop --placeholder --host backup-esx1",
     ],
 )
 @click.argument(
     "origins", nargs=-1, required=True, metavar="ORIGIN...", shell_complete=complete.origins
 )
 @click.option("--again", is_flag=True, help="ORIGIN is a view that was kept: serve it again.")
-@click.option("--name", help="The view's name; for one volume only.")
-@click.option("--target", default="nbd", show_default=True, help="What serves it: nbd, lio or tgt.")
+@click.option("--name", help="The name of the view (of one volume only), or of the island.")
+@click.option("--target", help="What serves it: nbd (the default), lio or tgt.")
 @click.option(
     "--writable", is_flag=True, help="What is written is kept in an overlay until unmount."
 )
@@ -58,6 +59,18 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
     is_flag=True,
     help="iSCSI outside loopback on a network that is not named as a storage network.",
 )
+@click.option(
+    "--placeholder",
+    is_flag=True,
+    help="VMs that stand powered off on a backup host, for any backup software.",
+)
+@click.option("--host", shell_complete=complete.backup_hosts, help="Placeholders: where.")
+@click.option("--vm", "vms", multiple=True, help="Placeholders: of these VMs only.")
+@click.option(
+    "--shows",
+    type=click.Choice(["group", "vm"]),
+    help="Placeholders: the group's one instant, or each VM's own quiesced one.",
+)
 @click.pass_context
 def mount(
     ctx: click.Context,
@@ -66,21 +79,40 @@ def mount(
     *,
     again: bool,
     name: str | None,
-    target: str,
+    target: str | None,
     writable: bool,
     overlay_limit: int | None,
     tcp: bool,
+    placeholder: bool,
+    host: str | None,
+    vms: tuple[str, ...],
+    shows: str | None,
     **exposure: Any,
 ) -> None:
     """Present points in time as block devices (TimeViews).
 
     ORIGIN is timemark:ID[/VOLUME], backup:ID[/VOLUME], or a group's name for a fresh TimeMark of
     it, which goes with its last view. Without a VOLUME each one becomes a view. All or none.
+
+    With --placeholder its VMs stand on a backup host, powered off, with these views as their disks:
+    an island, which is unmounted by its name.
     """
     from offload.services import mount as service
 
-    if again and (name or writable or overlay_limit or tcp or any(exposure.values())):
+    others = target or writable or overlay_limit or tcp or any(exposure.values())
+    if again and (name or placeholder or host or vms or shows or others):
         raise click.UsageError("--again serves a view as it was: no other option goes with it")
+    if placeholder:
+        if others:
+            raise click.UsageError("--placeholder: the backup host says how views are served to it")
+        if len(origins) != 1:
+            raise click.UsageError("--placeholder takes one ORIGIN")
+        _mount_island(ctx, origins[0], host=host, vms=vms, shows=shows, name=name)
+        return
+    for option, value in (("--host", host), ("--vm", vms), ("--shows", shows)):
+        if value:
+            raise click.UsageError(f"{option} goes with --placeholder")
+    target = target or "nbd"
     asked = _exposure(target, tcp=tcp, **exposure)
     if overlay_limit is not None and not writable:
         raise click.UsageError("--overlay-limit needs --writable")
@@ -103,6 +135,27 @@ def mount(
         [view_fields(view) for view in made],
         lambda: table(["name", "size", "origin", "uri"], rows, ""),
     )
+
+
+def _mount_island(
+    ctx: click.Context,
+    origin: str,
+    *,
+    host: str | None,
+    vms: tuple[str, ...],
+    shows: str | None,
+    name: str | None,
+) -> None:
+    from offload.cli.placeholder import report_fields, show_island
+    from offload.island import Shown
+    from offload.services import island as service
+    from offload.services.island_record import IslandOptions
+
+    settings = settings_of(ctx)
+    options = IslandOptions(host=host, vms=vms, shows=Shown(shows) if shows else None, name=name)
+    with changing_context(settings) as context, progress(settings) as shown:
+        made = service.mount(context, origin, options, shown)
+    emit(settings, report_fields(made), lambda: show_island(made))
 
 
 def _exposure(
@@ -145,12 +198,13 @@ def _exposure(
     cls=Command,
     examples=[
         "offload unmount inspect",
+        "offload unmount shop-backup-esx1",
         "offload unmount --group shop",
         "offload unmount --all --force",
     ],
 )
-@click.argument("names", nargs=-1, metavar="VIEW...", shell_complete=complete.views)
-@click.option("--all", "all_views", is_flag=True, help="Every view of this instance.")
+@click.argument("names", nargs=-1, metavar="VIEW...", shell_complete=complete.mounted)
+@click.option("--all", "all_views", is_flag=True, help="Every view and island of this instance.")
 @click.option("--group", shell_complete=complete.groups, help="All that `mount GROUP` made.")
 @click.option("--keep", is_flag=True, help="Keep what was written, for `mount --again`.")
 @click.option("--force", is_flag=True, help="Even where clients are connected.")
@@ -169,7 +223,11 @@ def unmount(
 
     What was written to a writable view goes with it, unless it is kept. To discard a kept view,
     unmount it without --keep.
+
+    VIEW may be an island: its placeholders are taken down, then its views go. --json names views
+    only; those of islands are among them.
     """
+    from offload.services import island_away
     from offload.services import mount as service
 
     if keep and not names:
@@ -178,25 +236,22 @@ def unmount(
         raise click.UsageError("name the views to unmount, or say --group or --all")
     settings = settings_of(ctx)
     with changing_context(settings) as context:
-        if group is not None:
-            names = tuple(view.name for view in context.catalog.views_of_group(group))
-            if not names:
-                context.instance.config.group(group)  # an unknown group is an error
-        gone = (
-            service.keep(context, names, force=force)
-            if keep
-            else service.unmount(context, names, all_views=all_views, force=force)
-            if names or all_views
-            else []
-        )
+        if keep:
+            gone = island_away.Gone(views=tuple(service.keep(context, names, force=force)))
+        else:
+            gone = island_away.unmount_all(
+                context, names, group=group, all_views=all_views, force=force
+            )
 
     def human() -> None:
-        for view in gone:
+        for island in gone.islands:
+            click.echo(f"taken down {island.name} on {island.host}")
+        for view in gone.views:
             click.echo(f"kept {view.name}" if keep else f"unmounted {view.name}")
-        if not gone:
+        if not gone.islands and not gone.views:
             click.echo("no views are mounted", err=True)
 
-    emit(settings, [view_fields(view) for view in gone], human)
+    emit(settings, [view_fields(view) for view in gone.views], human)
 
 
 @click.command(cls=Command, examples=["offload views", "offload views --json"])

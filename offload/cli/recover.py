@@ -51,6 +51,7 @@ def _data(report: RecoverReport, dry_run: bool) -> dict[str, Any]:
     return {
         "dry_run": dry_run,
         "undone": [_leftover(entry) for entry in report.undone],
+        "taken_down": [entry.name for entry in report.taken_down],
         "remounted": [view_fields(view) for view in report.remounted],
         "reconnected": [connection_fields(entry) for entry in report.reconnected],
         "warnings": report.warnings,
@@ -84,6 +85,8 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
         click.echo(f"{would}taken back: {entry.kind} {entry.subject} of {entry.began_at}")
     for view in report.remounted:
         click.echo(f"{would}remounted: {view.name} at {view.uri}")
+    for island in report.taken_down:
+        click.echo(f"{would}taken down: {island.name} on {island.host}")
     for connection in report.reconnected:
         click.echo(f"{would}connected again: {connection.name} at {connection.device}")
     for warning in report.warnings:
@@ -102,6 +105,7 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
     if not any(
         (
             report.undone,
+            report.taken_down,
             report.remounted,
             report.reconnected,
             report.warnings,

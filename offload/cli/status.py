@@ -38,6 +38,7 @@ def _show(report: StatusReport) -> None:
     _groups(report)
     _backups(report)
     _views(report)
+    _islands(report)
     if report.running:
         click.echo(f"\n{report.running} operations are running")
     if report.leftovers:
@@ -100,6 +101,16 @@ def _backups(report: StatusReport) -> None:
 def _views(report: StatusReport) -> None:
     rows = [[view.name, view.id, _state(view), view.origin, view.uri] for view in report.views]
     _section("\nViews", ["name", "id", "state", "origin", "uri"], rows)
+
+
+def _islands(report: StatusReport) -> None:
+    if not report.islands:
+        return
+    rows = [
+        [entry.name, entry.host, str(entry.placeholders), entry.state, entry.origin]
+        for entry in report.islands
+    ]
+    _section("\nIslands", ["name", "host", "placeholders", "state", "origin"], rows)
 
 
 def _state(view: ViewStatus) -> str:

@@ -13,6 +13,7 @@ from offload import compose
 from offload.config import Config, GroupConfig
 from offload.configs.quiesce import FreezeConfig, LibvirtFreeze, VmConfig, VmwareFreeze
 from offload.inventory import Inventory, InventoryVm
+from offload.machine import Machine
 from offload.model import Consistency
 from offload.services.context import Context
 from offload.services.group_choice import Choice, volumes_of
@@ -63,7 +64,7 @@ def choose(config: Config, name: str, inventory: Inventory) -> Resolved:
     )
 
 
-def entry_of(config: Config, hypervisor: str, vm: InventoryVm) -> str:
+def entry_of(config: Config, hypervisor: str, vm: InventoryVm | Machine) -> str:
     """The name of the `[vms]` entry of a VM; "" where it has none."""
     known = {vm.name, vm.id, vm.uuid, vm.instance_uuid} - {""}
     for name, entry in config.vms.items():

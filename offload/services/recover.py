@@ -9,9 +9,10 @@ from pathlib import Path
 
 from offload import compose
 from offload.errors import OffloadError
+from offload.island import Island, IslandState
 from offload.journal import Leftover
 from offload.model import Connection, View, ViewState
-from offload.services import connect, mount, overlays, restore_record
+from offload.services import connect, island_away, mount, overlays, restore_record
 from offload.services.connect import ConnectionState
 from offload.services.context import Context
 from offload.services.restore_record import Unfinished
@@ -42,6 +43,7 @@ class RecoverReport:
     """What was (with `dry_run`: would be) done."""
 
     undone: tuple[Leftover, ...]
+    taken_down: tuple[Island, ...]  # islands that were going
     remounted: tuple[View, ...]
     reconnected: tuple[Connection, ...]
     warnings: tuple[str, ...]
@@ -85,8 +87,9 @@ def _find_snapshots(ctx: Context) -> list[Orphan]:
 
 
 def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> RecoverReport:
-    """Roll back leftovers, serve views again whose server is gone, connect again what is no longer
-    connected, and, if asked, delete orphans.
+    """Roll back leftovers, serve views again whose server is gone, take down what is left of
+    islands that were going, connect again what is no longer connected, and, if asked, delete
+    orphans.
 
     Raises CleanupError if something could not be taken back (the rest was).
     """
@@ -96,6 +99,9 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
         )
         return RecoverReport(
             undone=tuple(ctx.journal.leftovers()),
+            taken_down=tuple(
+                entry for entry in ctx.catalog.islands() if entry.state is IslandState.GOING
+            ),
             remounted=dead,
             reconnected=tuple(
                 status.connection
@@ -109,6 +115,7 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
         )
     undone = ctx.journal.recover()
     remounted = mount.remount(ctx)
+    taken_down, still_going = island_away.finish(ctx)
     reconnected = connect.reconnect(ctx)
     stray = find_orphans(ctx)
     if orphans:
@@ -116,9 +123,10 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
             _delete(ctx, orphan)
     return RecoverReport(
         undone=tuple(undone),
+        taken_down=tuple(taken_down),
         remounted=remounted.views,
         reconnected=reconnected.connections,
-        warnings=(*remounted.warnings, *reconnected.warnings),
+        warnings=(*remounted.warnings, *still_going, *reconnected.warnings),
         orphans=tuple(stray),
         orphans_deleted=orphans,
         unfinished=tuple(_unfinished(ctx)),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from offload.island import Island, IslandState
 from offload.journal import Leftover
 from offload.model import Backup, TimeMark, ViewState
 from offload.services import mount, overlays
@@ -54,6 +55,20 @@ class ViewStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IslandStatus:
+    """Placeholders on a backup host; whether they stand is for `placeholder check` to ask there."""
+
+    id: str
+    name: str
+    host: str
+    group: str
+    origin: str
+    created_at: datetime
+    placeholders: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackupStatus:
     """The backups of one group in one store; `last` is None where there is none yet."""
 
@@ -86,6 +101,7 @@ class StatusReport:
     pools: tuple[PoolStatus, ...]
     groups: tuple[GroupStatus, ...]
     views: tuple[ViewStatus, ...]
+    islands: tuple[IslandStatus, ...]
     backups: tuple[BackupStatus, ...]
     leftovers: tuple[LeftoverStatus, ...]
     running: int
@@ -100,6 +116,7 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
     pools = survey(context, states)
     views = tuple(_view(status) for status in mount.views(context))
     known = context.catalog.backups()
+    islands = tuple(_island(entry) for entry in context.catalog.islands())
     leftovers = tuple(_leftover(entry) for entry in context.journal.leftovers())
     alarms = [
         *_volume_alarms(reports),
@@ -108,6 +125,11 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
             f"view {view.name} is not served: offload recover"
             for view in views
             if not (view.alive or view.kept)
+        ),
+        *(
+            f"island {island.name} is half gone: offload unmount {island.name}"
+            for island in islands
+            if island.state == IslandState.GOING
         ),
         *overlays.alarms(context),
         *_backup_alarms(context, known),
@@ -118,6 +140,7 @@ def collect(context: Context, now: datetime | None = None) -> StatusReport:
         pools=tuple(_pool(pool) for pool in pools),
         groups=_groups(context),
         views=views,
+        islands=islands,
         backups=_backups(context, known, at),
         leftovers=leftovers,
         running=context.journal.running(),
@@ -164,6 +187,19 @@ def _view(status: mount.ViewStatus) -> ViewStatus:
         alive=status.alive,
         kept=view.state is ViewState.KEPT,
         clients=len(status.clients),
+    )
+
+
+def _island(island: Island) -> IslandStatus:
+    return IslandStatus(
+        id=island.id,
+        name=island.name,
+        host=island.host,
+        group=island.group,
+        origin=island.origin,
+        created_at=island.created_at,
+        placeholders=len(island.placeholders),
+        state=island.state.value,
     )
 
 

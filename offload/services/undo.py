@@ -29,6 +29,7 @@ ACTIONS = {
     "thaw-sqlite": "offload.quiescers.holder:undo_thaw",  # marker, boot
     "run-post": "offload.quiescers.local:undo_post",  # marker, argv (JSON), timeout_s, volumes
     "withdraw-view": "offload.services.mount:undo_view",  # id, target, run_dir, server (JSON)
+    "take-down-island": "offload.services.island_away:undo_island",  # id, host, record (JSON)
     "remove-overlay": "offload.services.mount:undo_overlay",  # id, path
     "settle-migration": "offload.services.migrate:undo_migration",  # id, place, opened, node …
     "stop-server": "offload.services.mount:undo_server",  # id, target, run_dir
