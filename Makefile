@@ -32,7 +32,7 @@ test: install ## all tests
 	$(VENV)/bin/mypy
 	@# a short folder: the paths of unix sockets are limited
 	folder=$$(mktemp -d /tmp/ot-XXXX); trap 'rm -rf "$$folder"' EXIT; \
-	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --basetemp="$$folder/t"
+	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --basetemp="$$folder/t" --slowest-modules 40
 
 lab: install ## a shell in the lab guest, where the kernel's own parts run
 	@$(PY) -m offload.testing.lab

@@ -12,7 +12,7 @@ from offload.testing.ceph import RunningCeph, running_ceph
 from offload.testing.pools import loop_pool
 from offload.testing.rgw import RunningRgw, running_rgw
 
-pytest_plugins = ["offload.testing.lab.plugin"]
+pytest_plugins = ["offload.testing.lab.plugin", "offload.testing.order"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
