@@ -50,15 +50,25 @@ class HypervisorHost:
     state: str = "connected"  # connected | disconnected | maintenance …
 
 
+Entry = InventoryVm | Datastore | HypervisorHost
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """All that a hypervisor has, as of `taken_at`."""
+    """All that a hypervisor has, as of `taken_at`. `tags_problem`: why the VMs' tags are not known,
+    "" where they are."""
 
     hypervisor: str  # its name in the configuration
     taken_at: datetime
     vms: tuple[InventoryVm, ...] = ()
     datastores: tuple[Datastore, ...] = ()
     hosts: tuple[HypervisorHost, ...] = ()
+    tags_problem: str = ""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Of all kinds."""
+        return (*self.vms, *self.datastores, *self.hosts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +80,11 @@ class InventoryChange:
     datastores: tuple[Datastore, ...] = ()
     hosts: tuple[HypervisorHost, ...] = ()
     gone: tuple[str, ...] = field(default=())
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Of all kinds."""
+        return (*self.vms, *self.datastores, *self.hosts)
 
     def __bool__(self) -> bool:
         return bool(self.vms or self.datastores or self.hosts or self.gone)

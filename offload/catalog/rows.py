@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from offload.inventory import Datastore, HypervisorHost, InventoryVm
+from offload.inventory import Datastore, Entry, HypervisorHost, InventoryVm
 from offload.island import Island, IslandId, IslandState, Placeholder, Shown
 from offload.machine import Machine, disk_from_dict, disk_to_dict
 from offload.model import (
@@ -225,13 +225,12 @@ def _placeholder(fields: Row) -> Placeholder:
     return Placeholder(**{**fields, **typed})
 
 
-InventoryEntry = InventoryVm | Datastore | HypervisorHost
 INVENTORY_KINDS: dict[str, Any] = {
     "vm": InventoryVm, "datastore": Datastore, "host": HypervisorHost,
 }  # fmt: skip
 
 
-def inventory_row(hypervisor: str, entry: InventoryEntry) -> Row:
+def inventory_row(hypervisor: str, entry: Entry) -> Row:
     """An entry of an inventory as a row."""
     fields = {name: getattr(entry, name) for name in type(entry).__slots__}
     if isinstance(entry, InventoryVm):
@@ -241,12 +240,12 @@ def inventory_row(hypervisor: str, entry: InventoryEntry) -> Row:
     return {**named, "entry": fields}
 
 
-def inventory_entry_of(row: Row) -> InventoryEntry:
+def inventory_entry_of(row: Row) -> Entry:
     """The inverse of `inventory_row`."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row["entry"].items()}
     if "disks" in fields:
         fields["disks"] = tuple(disk_from_dict(disk) for disk in fields["disks"])
-    entry: InventoryEntry = INVENTORY_KINDS[row["kind"]](**fields)
+    entry: Entry = INVENTORY_KINDS[row["kind"]](**fields)
     return entry
 
 

@@ -203,15 +203,12 @@ class Catalog:
 
     def set_inventory(self, inventory: Inventory) -> None:
         """What a hypervisor has now, in the place of what it had."""
-        entries: list[rows.InventoryEntry] = [
-            *inventory.vms,
-            *inventory.datastores,
-            *inventory.hosts,
-        ]
+        entries = inventory.entries
         table, name = tables.inventories, inventory.hypervisor
         with self._write() as db:
             db.execute(delete(table).where(table.c.hypervisor == name))  # with its entries
-            db.execute(insert(table), {"hypervisor": name, "taken_at": inventory.taken_at})
+            fields = {"taken_at": inventory.taken_at, "tags_problem": inventory.tags_problem}
+            db.execute(insert(table), {"hypervisor": name, **fields})
             if entries:
                 db.execute(
                     insert(tables.inventory_entries),
@@ -221,7 +218,7 @@ class Catalog:
     def change_inventory(self, hypervisor: str, change: InventoryChange) -> None:
         """Bring an inventory up to date; NotFoundError (`unknown-inventory`) if there is none."""
         table, head = tables.inventory_entries, tables.inventories
-        entries: list[rows.InventoryEntry] = [*change.vms, *change.datastores, *change.hosts]
+        entries = change.entries
         old = {*change.gone, *(entry.id for entry in entries)}
         with self._write() as db:
             newer = update(head).where(head.c.hypervisor == hypervisor).values(taken_at=change.at)
@@ -246,6 +243,7 @@ class Catalog:
         return Inventory(
             hypervisor=hypervisor,
             taken_at=heads[0]["taken_at"],
+            tags_problem=heads[0]["tags_problem"],
             vms=tuple(entry for entry in found if isinstance(entry, InventoryVm)),
             datastores=tuple(entry for entry in found if isinstance(entry, Datastore)),
             hosts=tuple(entry for entry in found if isinstance(entry, HypervisorHost)),

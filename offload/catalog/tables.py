@@ -180,6 +180,7 @@ inventories = Table(
     metadata,
     Column("hypervisor", Text, primary_key=True),
     Column("taken_at", UtcDateTime, nullable=False),
+    Column("tags_problem", Text, nullable=False),
 )
 
 inventory_entries = Table(

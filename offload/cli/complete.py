@@ -44,6 +44,8 @@ def _known(config: Config, kind: str) -> list[str]:
         match kind:
             case "view":
                 return [view.name for view in catalog.views()]
+            case "island":
+                return [island.name for island in catalog.islands()]
             case "connection":
                 return [connection.name for connection in catalog.connections()]
             case "timemark":
@@ -73,7 +75,11 @@ groups = _offering(lambda config: config.groups)
 volumes = _offering(lambda config: config.volumes)
 vms = _offering(lambda config: config.vms)
 stores = _offering(lambda config: config.stores)
+hypervisors = _offering(lambda config: config.hypervisors)
 views = _offering(lambda config: _known(config, "view"))
+islands = _offering(lambda config: _known(config, "island"))
+mounted = _offering(lambda config: [*_known(config, "island"), *_known(config, "view")])
+backup_hosts = _offering(lambda config: config.backup_hosts)
 connections = _offering(lambda config: _known(config, "connection"))
 timemarks = _offering(lambda config: _known(config, "timemark"))
 backups = _offering(lambda config: _known(config, "backup"))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from offload.config import Config
-from offload.errors import NotFoundError, PolicyError
+from offload.errors import NotFoundError, PolicyError, UnavailableError
 from offload.inventory import Datastore, Inventory, InventoryVm
 from offload.machine import DiskKind, MachineDisk
 
@@ -66,6 +66,12 @@ class Choice:
 
     def _chosen(self) -> list[InventoryVm]:
         """In the order of the inventory, each once."""
+        if self.group.tags and self.inventory.tags_problem:
+            raise UnavailableError(
+                f"group {self.name} chooses VMs by tags, and those are not known: "
+                f"{self.inventory.tags_problem}",
+                code="tags-unknown",
+            )
         ids = {vm.id for wanted in self.group.vms for vm in [self._named(wanted)]}
         candidates = [vm for vm in self.inventory.vms if not vm.placeholder]
         for what, matches in self._selectors():

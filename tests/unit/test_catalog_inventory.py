@@ -52,8 +52,10 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
 
 def test_inventory_comes_back_as_it_was(catalog: Catalog) -> None:
     catalog.set_inventory(ALL)
-    catalog.set_inventory(replace(ALL, hypervisor="other", vms=()))
+    other = replace(ALL, hypervisor="other", vms=(), tags_problem="no REST API")
+    catalog.set_inventory(other)
     assert catalog.inventory("vc") == ALL
+    assert catalog.inventory("other") == other
     assert catalog.inventory("never-asked") is None
 
 

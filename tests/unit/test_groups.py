@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from offload.config import Config
-from offload.errors import NotFoundError, OffloadError, PolicyError
+from offload.errors import NotFoundError, OffloadError, PolicyError, UnavailableError
 from offload.inventory import Datastore, Inventory, InventoryVm
 from offload.machine import DiskKind, MachineDisk
 from offload.model import Consistency
@@ -248,6 +248,14 @@ def test_file_that_is_no_volume_says_what_to_configure() -> None:
     assert 'path = "/srv/web.raw"' in error.hint
 
 
+def test_tags_that_are_not_known_choose_nothing_but_an_error() -> None:
+    blind = replace(inventory(WEB), tags_problem="its REST API does not answer")
+    with pytest.raises(UnavailableError, match="does not answer") as refusal:
+        groups.choose(config({"tags": ["backup:gold"]}), "shop", blind)
+    assert refusal.value.code == "tags-unknown"
+    assert groups.choose(config({"vms": ["web"]}), "shop", blind).vms
+
+
 # -- who is quiesced -------------------------------------------------------------------------------
 
 
@@ -261,7 +269,8 @@ def test_chosen_vms_are_quiesced_by_their_hypervisor() -> None:
     assert freeze.model_dump(exclude_defaults=True) == {
         "kind": "vmware",
         "hypervisor": "vc",
-        "vm": "5001-a",
+        "vm": "web",
+        "moref": WEB.id,
     }
     assert groups.to_quiesce(made, found, Consistency.CRASH) == {}
 

@@ -33,6 +33,7 @@ def upgrade() -> None:
         "inventories",
         sa.Column("hypervisor", sa.Text, primary_key=True),
         sa.Column("taken_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("tags_problem", sa.Text, nullable=False),
     )
     op.create_table(
         "inventory_entries",
