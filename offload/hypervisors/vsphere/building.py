@@ -20,77 +20,35 @@ from datetime import datetime
 from offload.errors import NotFoundError
 from offload.hypervisor import IslandRequest, Step
 from offload.hypervisors.vsphere import fixups, rdm
-from offload.hypervisors.vsphere.datastore import OurDatastore, rename, wait_for_datastores
+from offload.hypervisors.vsphere.attaching import Attaching, Copy
 from offload.hypervisors.vsphere.files import Files, datastore_files
-from offload.hypervisors.vsphere.hosts import Host
-from offload.hypervisors.vsphere.link import Link
 from offload.hypervisors.vsphere.record import MARK, Record
 from offload.hypervisors.vsphere.register import Wanted, ensure_folder, register, registered
-from offload.hypervisors.vsphere.storage import HostStorage
 from offload.hypervisors.vsphere.vmx import Vmx, make_placeholder
-from offload.iscsi import Chap
 from offload.island import Placeholder, Shown
 from offload.machine import DiskKind, Machine
 from offload.vsphere import Vsphere
 
 
 @dataclass(slots=True)
-class Copy:
-    """A production datastore's copy. `label` and `origin`: name and UUID in production."""
-
-    label: str
-    origin: str
-    names: frozenset[str]  # canonical names of its LUNs
-    datastore: OurDatastore | None = None  # once it is in the inventory
-    name: str = ""  # its name then
-
-
-@dataclass(slots=True)
 class Building:
-    """One build. Pieces of it are run again where the session is lost: see Link."""
+    """Placeholders on what `attaching` has attached. Pieces of it are run again where the session
+    is lost: see Link."""
 
-    link: Link
-    host: Host
-    record: Record
+    attaching: Attaching
     request: IslandRequest
     names: dict[str, str]  # of placeholders, by reference of the production VM
-    timeout_s: float
-    copies: list[Copy] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)  # by reference of production
-    devices: dict[str, str] = field(default_factory=dict)  # of LUNs on the host, by view
-    luns: set[str] = field(default_factory=set)  # their UUIDs there
 
-    def attach(self, chap: Chap | None, step: Step) -> None:
-        """Up to datastores of ours that are mounted. Alone on the host."""
-        self.link.do(lambda vsphere: self._storage(vsphere).add_targets(chap))
-        step("targets")
-        self.link.do(lambda vsphere: self._storage(vsphere).rescan())
-        self.link.do(lambda vsphere: self._storage(vsphere).wait_for_luns())
-        step("luns")
-        self.link.do(self._resignature)
-        step("resignatured")
-        self.link.do(self._rename)
-        step("renamed")
+    @property
+    def _record(self) -> Record:
+        return self.attaching.record
 
-    def _storage(self, vsphere: Vsphere) -> HostStorage:
-        return HostStorage(vsphere, self.host, self.record, timeout_s=self.timeout_s)
+    @property
+    def _timeout_s(self) -> float:
+        return self.attaching.timeout_s
 
-    def _resignature(self, vsphere: Vsphere) -> None:
-        storage = self._storage(vsphere)
-        for copy in storage.wait_for_copies(self._expected()):
-            if not any(known.names == copy.names for known in self.copies):
-                self.copies.append(Copy(copy.label, copy.uuid, copy.names))
-            storage.resignature(copy)
-        for volume in storage.volumes():
-            if not volume.mounted:
-                storage.mount(volume)
-        for disk in storage.disks():
-            lun = self.record.lun(disk.canonicalName)
-            if lun is not None:
-                self.devices[lun.view] = disk.deviceName
-                self.luns.add(disk.uuid)
-
-    def _expected(self) -> set[str]:
+    def expected(self) -> set[str]:
         """A canonical name of each LUN that must have a VMFS: not those that are mapped whole."""
         flat = {
             lun
@@ -100,36 +58,28 @@ class Building:
             for lun in disk.luns
         }
         views = {
-            v.view.id for v in self.request.views if not v.luns or set(v.luns) & flat or not flat
+            view.view.id
+            for view in self.request.views
+            if not view.luns or not flat or set(view.luns) & flat
         }
-        return {lun.names[0] for lun in self.record.luns if lun.view in views}
-
-    def _rename(self, vsphere: Vsphere) -> None:
-        uuids = frozenset(volume.uuid for volume in self._storage(vsphere).volumes())
-        found = wait_for_datastores(vsphere, self.host, self.record, uuids, self.timeout_s)
-        for copy in self.copies:
-            for datastore in found:
-                if datastore.names & copy.names:
-                    copy.datastore = datastore
-                    copy.name = rename(vsphere, datastore, f"{self.request.name}-{copy.label}")
-
-    # -- placeholders ----------------------------------------------------------------------------
+        return {lun.names[0] for lun in self._record.luns if lun.view in views}
 
     def populate(self, step: Step) -> tuple[Placeholder, ...]:
         """Placeholders on the datastores of `attach`."""
-        wanted = self.link.do(self._prepare)
+        link, timeout_s = self.attaching.link, self._timeout_s
+        wanted = link.do(self._prepare)
         step("settings")
-        morefs = self.link.do(lambda vsphere: self._register(vsphere, wanted))
+        morefs = link.do(lambda vsphere: self._register(vsphere, wanted))
         step("registered")
         vms = [self._registered(machine, morefs[machine.id]) for machine in self.request.machines]
         ground = fixups.Ground(
-            mark=self.record.mark,
-            datastores=frozenset(copy.name for copy in self.copies),
-            luns=frozenset(self.luns),
+            mark=self._record.mark,
+            datastores=frozenset(copy.name for copy in self.attaching.copies),
+            luns=frozenset(self.attaching.luns),
         )
-        self.link.do(lambda vsphere: fixups.show(vsphere, vms, self.timeout_s))
+        link.do(lambda vsphere: fixups.show(vsphere, vms, timeout_s))
         step("shown")
-        said = self.link.do(lambda vsphere: fixups.settle(vsphere, vms, ground, self.timeout_s))
+        said = link.do(lambda vsphere: fixups.settle(vsphere, vms, ground, timeout_s))
         step("settled")
         paths = {entry.vm: entry.path for entry in wanted}
         return tuple(
@@ -140,13 +90,14 @@ class Building:
     def _prepare(self, vsphere: Vsphere) -> list[Wanted]:
         """The settings of each VM in the copy, changed to those of its placeholder."""
         wanted = []
-        with datastore_files(vsphere, self.host.datacenter_name) as files:
+        with datastore_files(vsphere, self.attaching.host.datacenter_name) as files:
             for machine in self.request.machines:
                 copy, path = self._home(machine)
                 mappings = self._mappings(machine)
-                vmx = Vmx(_settings(files, machine, copy, path))
-                rdm.apply(vsphere, self.host, mappings, self.timeout_s)
-                self.notes[machine.id] = self._turn(machine, vmx, mappings)
+                vmx = Vmx(read_settings(files, machine, copy, path))
+                rdm.apply(vsphere, self.attaching.host, mappings, self._timeout_s)
+                # what was left out is found once, should this be run again
+                self.notes.setdefault(machine.id, self._turn(machine, vmx, mappings))
                 files.write(copy.name, path, vmx.text().encode("utf-8", "surrogateescape"))
                 place = f"[{copy.name}] {path}"
                 wanted.append(Wanted(vm=machine.id, name=self.names[machine.id], path=place))
@@ -159,10 +110,10 @@ class Building:
                 vmx.drop(mapping.disk)
         notes = make_placeholder(
             vmx,
-            mark=self.record.mark,
+            mark=self._record.mark,
             mark_key=MARK,
             annotation=self._annotation(machine),
-            volumes=self._volumes(),
+            volumes=self.attaching.moves(),
         )
         return [*(mapping.note for mapping in mappings if mapping.note), *notes]
 
@@ -176,7 +127,7 @@ class Building:
             )
         found = self._copies_of(label, machine)
         if len(found) != 1:
-            known = ", ".join(sorted(copy.label for copy in self.copies)) or "none"
+            known = ", ".join(sorted(copy.label for copy in self.attaching.copies)) or "none"
             raise NotFoundError(
                 f"the datastore {label} of VM {machine.name} is not in the island (there: {known})",
                 code="vm-not-in-copy",
@@ -193,17 +144,9 @@ class Building:
             for lun in disk.luns
         }
         views = {view.view.id for view in self.request.views if set(view.luns) & luns}
-        names = {name for lun in self.record.luns if lun.view in views for name in lun.names}
-        by_lun = [copy for copy in self.copies if copy.names & names]
-        return by_lun or [copy for copy in self.copies if copy.label == label]
-
-    def _volumes(self) -> dict[str, str]:
-        """By UUID and label in production, the UUID of the copy."""
-        found = {}
-        for copy in self.copies:
-            if copy.datastore is not None:
-                found[copy.origin] = found[copy.label] = copy.datastore.uuid
-        return found
+        names = {name for lun in self._record.luns if lun.view in views for name in lun.names}
+        by_lun = [copy for copy in self.attaching.copies if copy.names & names]
+        return by_lun or [copy for copy in self.attaching.copies if copy.label == label]
 
     def _mappings(self, machine: Machine) -> list[rdm.Mapping]:
         def place(production: str) -> str:
@@ -213,18 +156,16 @@ class Building:
 
         def device(luns: Sequence[str]) -> str:
             views = [v.view.id for v in self.request.views if set(v.luns) & set(luns)]
-            return self.devices[views[0]] if views else ""
+            return self.attaching.devices[views[0]] if views else ""
 
         return rdm.plan(machine, place, device, at_parents=self._reverts(machine))
 
     def _register(self, vsphere: Vsphere, wanted: Sequence[Wanted]) -> dict[str, str]:
         """References by that of the production VM."""
-        folder = ensure_folder(vsphere, self.host, self.record.folder)
-        datastores = [copy.datastore for copy in self.copies if copy.datastore is not None]
-        uuids = frozenset(datastore.uuid for datastore in datastores)
-        now = wait_for_datastores(vsphere, self.host, self.record, uuids, self.timeout_s)
-        there = registered(vsphere, now)
-        found = register(vsphere, self.host, folder, wanted, there, timeout_s=self.timeout_s)
+        host = self.attaching.host
+        folder = ensure_folder(vsphere, host, self._record.folder)
+        there = registered(vsphere, self.attaching.datastores(vsphere))
+        found = register(vsphere, host, folder, wanted, there, timeout_s=self._timeout_s)
         return {entry.vm: found[entry.path] for entry in wanted}
 
     def _reverts(self, machine: Machine) -> bool:
@@ -285,7 +226,7 @@ def split(path: str) -> tuple[str, str]:
     return label, rest
 
 
-def _settings(files: Files, machine: Machine, copy: Copy, path: str) -> str:
+def read_settings(files: Files, machine: Machine, copy: Copy, path: str) -> str:
     """The text of its .vmx in the copy."""
     try:
         found = files.read(copy.name, path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
+from uuid import UUID
 
 _LINE = re.compile(r'^\s*([^#\s=][^\s=]*)\s*=\s*"([^"]*)"\s*$')
 _DISK = re.compile(r"((?:scsi|sata|ide|nvme)\d+:\d+)\.filename")
@@ -101,6 +102,33 @@ def make_placeholder(
     notes = []
     for nic in vmx.nics():
         vmx.set(f"{nic}.startConnected", "FALSE")
+    notes = _settle(vmx, volumes)
+    vmx.set("annotation", annotation)
+    vmx.set(mark_key, mark)
+    return notes
+
+
+def make_restored(
+    vmx: Vmx, *, name: str, uuid: UUID, mark: tuple[str, str], volumes: Mapping[str, str]
+) -> list[str]:
+    """Turn a VM's settings into those of another one that is the same but for its identities: a
+    new name, UUID, and MACs of the host's choice; notes of what was left out."""
+    digits = [uuid.hex[i : i + 2] for i in range(0, 32, 2)]
+    vmx.set("uuid.bios", f"{' '.join(digits[:8])}-{' '.join(digits[8:])}")
+    for key in ("uuid.location", "vc.uuid"):  # made anew where they are not there
+        vmx.drop(key)
+    for nic in vmx.nics():
+        vmx.set(f"{nic}.addressType", "generated")
+        for key in ("address", "generatedAddress", "generatedAddressOffset"):
+            vmx.drop(f"{nic}.{key}")
+    vmx.set("displayName", name)
+    vmx.set(*mark)
+    return _settle(vmx, volumes)
+
+
+def _settle(vmx: Vmx, volumes: Mapping[str, str]) -> list[str]:
+    """Nothing but what is on the copies; notes."""
+    notes = []
     for name, path in list(vmx.disks()):
         moved = _moved(path, volumes)
         if moved:
@@ -118,8 +146,6 @@ def make_placeholder(
         vmx.drop("checkpoint.vmState")
         notes.append("the VM was suspended: its memory is left out")
     vmx.set("uuid.action", "create")  # asked at power-on only: moved or copied?
-    vmx.set("annotation", annotation)
-    vmx.set(mark_key, mark)
     return notes
 
 
