@@ -22,6 +22,8 @@ _PARTS = {
     "taskManager": vim.TaskManager,
     "fileManager": vim.FileManager,
     "authorizationManager": vim.AuthorizationManager,
+    "virtualDiskManager": vim.VirtualDiskManager,
+    "licenseManager": vim.LicenseManager,
 }
 
 
@@ -40,6 +42,8 @@ class Inventory(Part):
             instanceUuid="00000000-0000-4000-8000-000000000000",
         )  # fmt: skip
         self.content = vim.ServiceInstanceContent(rootFolder=self.root.ref, about=about, **found)
+        sessions = model.of(found["sessionManager"])
+        sessions.computed["currentSession"] = model.sessions_part.current
         service = add(vim.ServiceInstance, "service", moid="ServiceInstance")
         service.properties["content"] = self.content
         self.datacenter: Managed = add(vim.Datacenter, "datacenter", name="DC0", parent=self.root)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from typing import Any
 
 from pyVmomi import vim, vmodl
@@ -16,15 +17,21 @@ from pyVmomi import vim, vmodl
 from tests.vsphere_sim.calls import Call, Part, Recorded
 from tests.vsphere_sim.collector import Collector
 from tests.vsphere_sim.datastores import Datastores
+from tests.vsphere_sim.events import Events
 from tests.vsphere_sim.hosts import Hosts
 from tests.vsphere_sim.inventory import Inventory
+from tests.vsphere_sim.messages import Answer, Request
+from tests.vsphere_sim.privileges import Privileges
 from tests.vsphere_sim.properties import Managed, Properties
+from tests.vsphere_sim.reconfigure import Reconfigure
 from tests.vsphere_sim.registration import Registration
 from tests.vsphere_sim.sessions import Sessions
 from tests.vsphere_sim.snapshots import Snapshots
 from tests.vsphere_sim.soap import SoapFault
 from tests.vsphere_sim.storage import Storage
+from tests.vsphere_sim.tags import Tags
 from tests.vsphere_sim.vms import VmPlan
+from tests.vsphere_sim.web import Web
 
 __all__ = ["Model", "VmPlan", "Weather"]
 
@@ -37,6 +44,7 @@ class Weather:
     datastores appear: RescanVmfs does not wait for the inventory to know what the host found."""
 
     fault: Callable[[str], Any] = lambda _method: None
+    web: Callable[[str], HTTPStatus | None] = lambda _path: None  # what a request is refused with
     hold: dict[str, threading.Event] = field(default_factory=dict)
     latency_s: dict[str, float] = field(default_factory=dict)
     inventory_lag_s: float = 0.0
@@ -72,6 +80,11 @@ class Model:
         self.storage = Storage(self)
         self.snapshots = Snapshots(self)
         self.registration = Registration(self)
+        self.reconfigure = Reconfigure(self)
+        self.events = Events(self)
+        self.privileges = Privileges(self)
+        self.web = Web(self)
+        self.tags = Tags(self)
         for part in list(vars(self).values()):
             if isinstance(part, Part):
                 self._handlers |= part.handlers()
@@ -176,15 +189,10 @@ class Model:
     def call(self, session: str, reference: Any, method: str, arguments: dict[str, Any]) -> Any:
         """As of Service."""
         with self.changed:
-            self.calls.append(method)
-            self.record.append(
-                Recorded(
-                    at=time.monotonic(), session=session, method=method, moid=reference._moId,
-                    arguments=arguments,
-                )
-            )  # fmt: skip
+            self.note(session, method, reference._moId, arguments)
             found = self.of(reference)
             call = self.sessions_part.admit(session, found, method)
+            self.privileges.check(call, found)
         handler = self._handlers.get(method)
         if handler is None:
             raise SoapFault(vmodl.fault.MethodNotFound(receiver=found.ref, method=method))
@@ -193,6 +201,25 @@ class Model:
         time.sleep(self.weather.latency_s.get(method, 0))
         self.storm(method)
         return self._run(handler, call, found, arguments)
+
+    def answer(self, request: Request) -> Answer:
+        """As of Service: what is no SOAP."""
+        refused = self.weather.web(request.path)
+        return self.web.answer(request) if refused is None else Answer(status=refused)
+
+    def note(self, session: str, method: str, moid: str, arguments: dict[str, Any]) -> None:
+        """Record a call."""
+        with self.changed:
+            self.calls.append(method)
+            self.record.append(
+                Recorded(
+                    at=time.monotonic(),
+                    session=session,
+                    method=method,
+                    moid=moid,
+                    arguments=arguments,
+                )
+            )
 
     def storm(self, method: str) -> None:
         """Fail, where that is wanted."""

@@ -19,6 +19,8 @@ from tests.vsphere_sim.properties import Managed
 from tests.vsphere_sim.soap import SoapFault
 from tests.vsphere_sim.vms import DiskFacts, config_of
 
+_ASSIGN = "Resource.AssignVMToPool"
+
 
 class Registration(Part):
     """Folder.RegisterVM_Task, and what ends it."""
@@ -192,6 +194,8 @@ class Registration(Part):
         """AlreadyExists: if the virtual machine is already registered; NotFound: if the
         configuration file is not found on the system; InvalidDatastore; DuplicateName: if
         another virtual machine in the same folder already has the specified target name."""
+        if pool is not None and not self.model.privileges.has(_ASSIGN, self.model.of(pool)):
+            raise self.model.privileges.refusal(_ASSIGN, self.model.of(pool))
         target = self._target(pool, host)
         self.model.hosts.check(target)
         if target.managed.properties["runtime"].inMaintenanceMode:
@@ -222,7 +226,9 @@ class Registration(Part):
             raise SoapFault(vim.fault.NotFound(), f"The file {path} could not be found.") from error
         shown = name or vmx.parse(text).get("displayName", posixpath.basename(inside))
         self.model.inventory.check_name(of, shown)
-        return self.load(path, shown, of, target.name, template=asTemplate).ref
+        made = self.load(path, shown, of, target.name, template=asTemplate)
+        self.model.events.post(vim.event.VmRegisteredEvent, made)
+        return made.ref
 
     def _target(self, pool: Any, host: Any) -> Any:
         """Host: if unspecified, the server picks one of the pool's; InvalidArgument: if the
@@ -239,6 +245,7 @@ class Registration(Part):
         """Removes this virtual machine from the inventory without removing any of the virtual
         machine's files on storage; InvalidPowerState: if the virtual machine is powered on."""
         self._check_off(of)
+        self.model.events.post(vim.event.VmRemovedEvent, of)
         self.forget(of)
 
     def _check_off(self, vm: Managed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ class Sessions(Part):
         super().__init__(model)
         self.passwords = {user: password}
         self._users: dict[str, str] = {}  # by session
+        self._calling = threading.local()
 
     @property
     def count(self) -> int:
@@ -45,7 +47,21 @@ class Sessions(Part):
                 vim.fault.NotAuthenticated(object=found.ref, privilegeId="System.View"),
                 "The session is not authenticated.",
             )
+        self._calling.session = session
         return Call(session=session, user=user or "", method=method)
+
+    def current(self) -> Any:
+        """The session of the call that this thread answers: SessionManager.currentSession."""
+        session = getattr(self._calling, "session", "")
+        user = self._users.get(session)
+        return None if user is None else self._session(session, user)
+
+    def _session(self, session: str, user: str) -> Any:
+        now = self.model.now()
+        return vim.UserSession(
+            key=session, userName=user, fullName=user, loginTime=now, lastActiveTime=now,
+            locale="en", messageLocale="en",
+        )  # fmt: skip
 
     def CurrentTime(self, _call: Call, _of: Managed) -> datetime:
         """The server's clock."""
@@ -61,11 +77,7 @@ class Sessions(Part):
                 "Cannot complete login due to an incorrect user name or password.",
             )
         self._users[call.session] = userName
-        now = self.model.now()
-        return vim.UserSession(
-            key=call.session, userName=userName, fullName=userName, loginTime=now,
-            lastActiveTime=now, locale=locale or "en", messageLocale="en",
-        )  # fmt: skip
+        return self._session(call.session, userName)
 
     def Logout(self, call: Call, _of: Managed) -> None:
         """The session ends."""

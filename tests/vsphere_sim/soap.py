@@ -15,14 +15,22 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from http import HTTPStatus
 from typing import Any, Protocol
 from xml.parsers import expat
 
 from pyVmomi import SoapAdapter, VmomiSupport, vmodl
 
+from tests.vsphere_sim.messages import Answer, Request
+
 VERSION = "vim.version.version11"  # what our client speaks: 6.5
 _NAMESPACE = "urn:vim25"
 _COOKIE = "vmware_soap_session"
+_VERSIONS = (
+    b'<?xml version="1.0"?><namespaces version="1.0"><namespace><name>urn:vim25</name>'
+    b"<version>8.0.1.0</version><priorVersions><version>6.7</version><version>6.5</version>"
+    b"</priorVersions></namespace></namespaces>"
+)
 _BODY = re.compile(r"<(?:\w+:)?Body>\s*<(?:\w+:)?(\w+)[\s>]")
 _THIS = re.compile(r'<_this[^>]*\btype="(\w+)"[^>]*>([^<]*)</_this>')
 # reading one property of an object is a method that no type lists
@@ -48,6 +56,10 @@ class Service(Protocol):
 
     def call(self, session: str, reference: Any, method: str, arguments: dict[str, Any]) -> Any:
         """The result of a method of the object `reference`. Raises SoapFault. Thread safe."""
+        ...
+
+    def answer(self, request: Request) -> Answer:
+        """To what is no SOAP. Thread safe."""
         ...
 
 
@@ -185,11 +197,61 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the simulator notes the calls."""
 
+    def do_GET(self) -> None:
+        """Versions of the API, which clients may ask for first; files."""
+        if self.path == "/sdk/vimServiceVersions.xml":
+            self._reply(200, _VERSIONS, "")
+        else:
+            self._other()
+
+    def do_PUT(self) -> None:
+        """A file."""
+        self._other()
+
+    def do_DELETE(self) -> None:
+        """A session of the REST API."""
+        self._other()
+
+    def _other(self) -> None:
+        request = Request(
+            method=self.command,
+            target=self.path,
+            headers=dict(self.headers.items()),
+            body=self._body(),
+            session=self._session(),
+        )
+        answer = self.server.service.answer(request)
+        self.send_response(answer.status, answer.status.phrase)
+        for name, value in {"Content-Type": answer.kind, **answer.headers}.items():
+            self.send_header(name, value)
+        if answer.status != HTTPStatus.NO_CONTENT:
+            self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def _session(self) -> str:
+        cookie = http.cookies.SimpleCookie(self.headers.get("Cookie") or "").get(_COOKIE)
+        return cookie.value if cookie else ""
+
+    def _body(self) -> bytes:
+        """RFC 9112, 7.1: some clients send chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        found = bytearray()
+        while True:
+            size = int(self.rfile.readline().partition(b";")[0], 16)
+            found += self.rfile.read(size)
+            self.rfile.readline()
+            if size == 0:
+                return bytes(found)
+
     def do_POST(self) -> None:
         """One call."""
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        cookie = http.cookies.SimpleCookie(self.headers.get("Cookie") or "").get(_COOKIE)
-        session = cookie.value if cookie else str(uuid.uuid4())
+        if self.path.partition("?")[0] not in ("/sdk", "/sdk/"):
+            self._other()
+            return
+        data = self._body()
+        session = self._session() or str(uuid.uuid4())
         try:
             self._reply(200, self._call(data, session), session)
         except SoapFault as error:
@@ -212,8 +274,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "text/xml; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))
-        cookie = f'{_COOKIE}="{session}"; Path=/; HttpOnly; Secure'
-        self.send_header("Set-Cookie", cookie)
+        if session:
+            cookie = f'{_COOKIE}="{session}"; Path=/; HttpOnly; Secure'
+            self.send_header("Set-Cookie", cookie)
         self.end_headers()
         self.wfile.write(data)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from tests.vsphere_sim.vmfs import GRAIN, File, Volume
 from tests.vsphere_sim.vmx import Descriptor, read_descriptor, write_descriptor
@@ -129,3 +130,34 @@ def write(volume: Volume, path: str, data: bytes, offset: int) -> None:
 
 def _content(volume: Volume, path: str) -> str:
     return beside(path, descriptor(volume, path).extent)
+
+
+def resize(volume: Volume, path: str, size_bytes: int) -> None:
+    """A flat disk grows."""
+    with volume.lock:
+        found = replace(descriptor(volume, path), size_bytes=size_bytes)
+        volume.files[beside(path, found.extent)].size_bytes = size_bytes
+        volume.write_text(path, write_descriptor(found))
+
+
+def read_file(volume: Volume, path: str) -> bytes:
+    """Content of one file, without its parents."""
+    found, out = volume.files[path], bytearray()
+    while len(out) < found.size_bytes:
+        out += volume.read_grain(path, len(out) // GRAIN) or bytes(GRAIN)
+    return bytes(out[: found.size_bytes])
+
+
+def move(source: Volume, target: Volume, paths: Iterable[str]) -> None:
+    """Files to another datastore, with their content."""
+    with source.lock, target.lock:
+        paths = list(paths)
+        for path in paths:
+            found = source.files[path]
+            target.files[path] = File(text=found.text, size_bytes=found.size_bytes)
+            for number in found.grains:
+                data = source.read_grain(path, number)
+                if data is not None and target.disks:
+                    target.write_grain(path, number, data)
+        target.save()
+        source.remove(*paths)
