@@ -5,7 +5,7 @@ Format: https://libvirt.org/formatdomain.html. Two metadata elements are ours, e
 | namespace | element | by |
 | --- | --- | --- |
 | `https://offload.internal/libvirt/tags` | `<tags><tag>backup:gold</tag>…</tags>` | people: groups choose by it |
-| `https://offload.internal/libvirt/domain` | `<placeholder instance= island= vm= production= origin= at=/>` or `<restored instance= …/>` | the driver: whose domain it is |
+| `https://offload.internal/libvirt/domain` | `<placeholder instance= island= vm= production= origin= at=/>` or `<restored instance= mark= …/>` | the driver: whose domain it is |
 
 A tag is given with
 `virsh metadata web https://offload.internal/libvirt/tags --key offload --set '<tags><tag>gold</tag></tags>' --config`.
@@ -49,6 +49,11 @@ class Mark:
     def island(self) -> str:
         """The island that it belongs to; "" for one that was restored."""
         return self.fields.get("island", "")
+
+    @property
+    def restore(self) -> str:
+        """The restore that made it; "" for a placeholder."""
+        return self.fields.get("mark", "")
 
     def element(self) -> ET.Element:
         """As metadata."""

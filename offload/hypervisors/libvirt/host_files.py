@@ -21,7 +21,6 @@ from offload.errors import (
     UnavailableError,
 )
 from offload.filesystem import fsync_folder
-from offload.ids import new_id
 from offload.libvirtd import Libvirt
 from offload.machine import FILE_MAX
 
@@ -76,10 +75,11 @@ class HostFiles:
             stream.finish()
 
     def remove(self, path: str) -> None:
-        """Idempotent."""
+        """Also what was cut off in writing. Idempotent."""
         if self._link.local:
             with _translated(path):
-                Path(path).unlink(missing_ok=True)
+                for found in (Path(path), _part(Path(path))):
+                    found.unlink(missing_ok=True)
             return
         with contextlib.suppress(ConfigError):
             volume = self._volume(path)
@@ -126,15 +126,19 @@ def _translated(path: str) -> Iterator[None]:
         raise UnavailableError(f"{path}: {error.strerror}", code="file-unusable") from error
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
 def _publish(path: Path, content: bytes) -> None:
-    temp = path.with_name(f".{path.name}.{new_id()}")
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    part = _part(path)
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        os.link(temp, path)  # never over what is there
+        os.link(part, path)  # never over what is there
         fsync_folder(path.parent)
     finally:
-        temp.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ class DiskGuest:
     def __init__(self, socket: Path, folder: Path) -> None:
         kernel = initramfs.find_kernel()
         ram = folder / "disk-initramfs"
-        _build(ram, kernel)
+        build_initramfs(ram, kernel)
         disk = f"driver=nbd,node-name=disk,server.type=unix,server.path={socket}"
         argv = [
             run.require_program("qemu-system-x86_64", "qemu-system-x86"),
@@ -152,9 +152,10 @@ class DiskGuest:
         os.close(self._console)
 
 
-def _build(target: Path, kernel: Path) -> None:
+def build_initramfs(target: Path, kernel: Path, *more_modules: str) -> None:
+    """One that goes on with `/init` of the first virtio disk."""
     busybox = Path(run.require_program("busybox", "busybox-static"))
-    modules = initramfs.with_dependencies(kernel, _MODULES)
+    modules = initramfs.with_dependencies(kernel, (*_MODULES, *more_modules))
     files = [(name, 0o040755, b"") for name in ("bin", "dev", "modules", "new")]
     files += [(f"modules/{path.name}", 0o100644, path.read_bytes()) for path in modules]
     files += [

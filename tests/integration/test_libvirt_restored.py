@@ -1,0 +1,324 @@
+"""Real domains made again from their settings, on a real libvirt daemon; one boots from a view."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+import pytest
+
+from offload import compose
+from offload.errors import BusyError, CleanupError, ConfigError, OffloadError
+from offload.hypervisor import BackupHost
+from offload.hypervisors.libvirt import abilities, domain_xml
+from offload.machine import Machine, pack_file
+from offload.services import director, machines
+from offload.services import mount as mounts
+from offload.services.context import Context, open_context
+from offload.services.mount import MountOptions
+from offload.testing import agent_disk
+from offload.testing.libvirt_host import LibvirtHost
+
+pytestmark = [pytest.mark.needs_root]
+
+UUID = "11111111-2222-4333-8444-555555555502"
+MAC = "52:54:00:00:00:07"
+BOOT_S = 300.0
+CONFIG = """
+state_dir = "{folder}/state"
+runtime_dir = "{folder}/run"
+
+[pool]
+min_free = "0%"
+
+[volumes.system]
+provider = "copy"
+path = "{folder}/system.raw"
+
+[groups.shop]
+volumes = ["system"]
+atomic = "record"
+
+[hypervisors.kvm]
+kind = "libvirt"
+uri = "{uri}"
+
+[backup_hosts.island]
+hypervisor = "kvm"
+"""
+DOMAIN = """
+<domain type='qemu'>
+  <name>shop</name>
+  <uuid>{uuid}</uuid>
+  <memory unit='MiB'>256</memory><vcpu>1</vcpu>
+  <os>
+    <type arch='x86_64' machine='pc'>hvm</type>
+    <kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{cmdline}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/><source file='{folder}/system.raw'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <interface type='user'><mac address='{mac}'/><model type='virtio'/></interface>
+    <channel type='unix'>
+      <source mode='bind'/><target type='virtio' name='org.qemu.guest_agent.0'/>
+    </channel>
+    <serial type='file'><source path='{folder}/console.log'/></serial>
+    <graphics type='vnc' port='5999'/>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Production: a domain with one disk, its settings, and where it is made again."""
+
+    folder: Path
+    connection: Any
+    ctx: Context
+    machine: Machine
+    host: BackupHost
+
+    @property
+    def disk(self) -> Path:
+        return self.folder / "system.raw"
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    folder = Path(tempfile.mkdtemp(prefix="ol-"))
+    agent_disk.make_disk(folder / "system.raw", folder, "a shop")
+    boot = agent_disk.make_boot(folder)
+    (folder / "d").mkdir()
+    with LibvirtHost(folder / "d").running() as daemon:
+        (folder / "offload.toml").write_text(CONFIG.format(folder=folder, uri=daemon.uri))
+        connection = libvirt.open(daemon.uri)
+        connection.defineXML(
+            DOMAIN.format(
+                folder=folder,
+                uuid=UUID,
+                mac=MAC,
+                kernel=boot.kernel,
+                initrd=boot.initramfs,
+                cmdline=agent_disk.COMMAND_LINE,
+            )
+        )
+        with open_context(folder / "offload.toml") as ctx:
+            with compose.hypervisor("kvm", ctx.instance) as kvm:
+                machine = machines.placed(ctx.instance.config, kvm.machine(UUID))
+            yield World(
+                folder=folder,
+                connection=connection,
+                ctx=ctx,
+                machine=machine,
+                host=compose.backup_host("island", ctx.instance),
+            )
+        connection.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def made(world: World) -> Iterator[World]:
+    """What a test makes with the mark `m1` is gone after it."""
+    yield world
+    world.host.destroy("m1")
+    assert [domain.name() for domain in world.connection.listAllDomains(0)] == ["shop"]
+
+
+def no_step(_name: str) -> None:
+    """Nobody dies."""
+
+
+def definition(world: World, name: str) -> Any:
+    return domain_xml.parse(world.connection.lookupByName(name).XMLDesc(0))
+
+
+def with_nvram(machine: Machine) -> Machine:
+    loader = "<loader readonly='yes' type='pflash'>/usr/share/none/CODE.fd</loader>"
+    text = machine.definition.replace("</cmdline>", f"</cmdline>{loader}<nvram>/old</nvram>")
+    return replace(machine, definition=text, files={"nvram": pack_file(b"variables" * 1000)})
+
+
+def agent(domain: Any, command: str) -> Any:
+    """Its answer, as soon as it gives one."""
+    until = time.monotonic() + BOOT_S
+    while True:
+        try:
+            said = libvirt_qemu.qemuAgentCommand(domain, json.dumps({"execute": command}), 5, 0)
+        except libvirt.libvirtError:
+            assert time.monotonic() < until
+            assert domain.isActive()
+            time.sleep(0.2)
+        else:
+            return json.loads(said)["return"]
+
+
+# -- what is made ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_clone_boots_from_a_writable_view_and_its_agent_answers(made: World) -> None:
+    before = hashlib.sha256(made.disk.read_bytes()).hexdigest()
+    mark = director.create(made.ctx, "shop")
+    target, exposure, _ = made.host.export()
+    options = MountOptions(target=target, exposure=exposure, writable=True)
+    (view,) = mounts.mount(made.ctx, [f"timemark:{mark.id}"], options)
+    try:
+        number = made.host.create(made.machine, {"vda": view.uri}, "clone", "m1", no_step)
+        domain = made.connection.lookupByUUIDString(number)
+        assert not domain.isActive()
+        domain.create()
+        assert agent(domain, "guest-get-osinfo")["pretty-name"] == "a shop"
+        with compose.hypervisor("kvm", made.ctx.instance) as kvm:
+            (clone,) = [vm for vm in kvm.inventory().vms if vm.name == "clone"]
+        assert (clone.power, clone.tools, clone.placeholder) == ("on", "running", "")
+        with pytest.raises(CleanupError) as refused:
+            made.host.destroy("m1")
+        assert refused.value.code == "vm-runs"
+        domain.destroy()
+        made.host.destroy("m1")
+    finally:
+        mounts.unmount(made.ctx, [view.name], force=True)
+    assert hashlib.sha256(made.disk.read_bytes()).hexdigest() == before
+
+
+def test_vm_beside_the_original_gets_another_identity(made: World) -> None:
+    number = made.host.create(made.machine, {"vda": str(made.disk)}, "again", "m1", no_step)
+    root = definition(made, "again")
+    assert root.findtext("uuid") == number != UUID
+    (card,) = root.findall("devices/interface")
+    assert card.find("mac").get("address") != MAC
+    (disk,) = domain_xml.disk_elements(root)
+    assert (domain_xml.disk_path(disk), domain_xml.disk_format(disk)) == (str(made.disk), "raw")
+
+
+def test_vm_whose_original_is_gone_is_the_original(made: World) -> None:
+    shop = made.connection.lookupByName("shop")
+    text = shop.XMLDesc(0)
+    shop.undefine()
+    try:
+        number = made.host.create(made.machine, {"vda": str(made.disk)}, "shop", "m1", no_step)
+        root = definition(made, "shop")
+        made.host.destroy("m1")
+    finally:
+        made.connection.defineXML(text)
+    assert number == UUID
+    assert domain_xml.networks_of(root)[0]["mac"] == MAC
+
+
+def test_vm_keeps_its_screen_and_agent_but_not_its_hosts_files(made: World) -> None:
+    warnings = made.host.check_create(made.machine, {"vda": str(made.disk)}, "again")
+    assert warnings == ["its serial port is a terminal, no file any more"]
+    made.host.create(made.machine, {"vda": str(made.disk)}, "again", "m1", no_step)
+    root = definition(made, "again")
+    (screen,) = root.findall("devices/graphics")
+    assert (screen.get("type"), screen.get("autoport"), screen.get("listen")) == (
+        "vnc",
+        "yes",
+        "127.0.0.1",
+    )
+    assert root.find("devices/serial").get("type") == "pty"
+    assert domain_xml.tools_of(root) == "not-running"
+
+
+def test_vm_has_its_firmware_variables_beside_its_disk(made: World, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.qcow2"
+    steps: list[str] = []
+    machine = with_nvram(made.machine)
+    made.host.create(machine, {"vda": str(disk)}, "uefi", "m1", steps.append)
+    root = definition(made, "uefi")
+    nvram = Path(domain_xml.nvram_of(root))
+    assert (nvram.parent, nvram.read_bytes()) == (tmp_path, b"variables" * 1000)
+    (found,) = domain_xml.disk_elements(root)
+    assert domain_xml.disk_format(found) == "qcow2"
+    assert steps == ["define", "nvram"]
+    made.host.destroy("m1")
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import os, pickle, signal, sys
+from pathlib import Path
+from offload import compose
+from offload.services.context import open_context
+def step(name):
+    if name == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+machine, disk = pickle.loads(Path(sys.argv[2]).read_bytes())
+with open_context(Path(sys.argv[1])) as ctx:
+    compose.backup_host("island", ctx.instance).create(machine, {"vda": disk}, "uefi", "m1", step)
+"""
+
+
+@pytest.mark.parametrize("kill_at", ["define", "nvram"])
+def test_vm_killed_in_the_making_is_taken_back_by_its_mark(
+    made: World, tmp_path: Path, kill_at: str
+) -> None:
+    (tmp_path / "disks").mkdir()
+    disk, order = tmp_path / "disks/disk.raw", tmp_path / "order"
+    order.write_bytes(pickle.dumps((with_nvram(made.machine), str(disk))))
+    argv = [sys.executable, "-c", SCRIPT, str(made.folder / "offload.toml"), str(order), kill_at]
+    assert subprocess.run(argv, check=False, timeout=300).returncode == -signal.SIGKILL
+    assert made.connection.lookupByName("uefi")
+    made.host.destroy("other")
+    assert made.connection.lookupByName("uefi")
+    made.host.destroy("m1")
+    made.host.destroy("m1")
+    assert list((tmp_path / "disks").iterdir()) == []
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_vm_that_cannot_be_made_is_refused(world: World) -> None:
+    machine, disk = world.machine, {"vda": str(world.disk)}
+    cases: list[tuple[Machine, dict[str, str], str, str]] = [
+        (machine, disk, "shop", "name-taken"),
+        (machine, disk, "a/b", "bad-name"),
+        (machine, {"vdz": "/x"}, "new", "unknown-disk"),
+        (machine, {}, "new", "no-disk"),
+        (machine, {"vda": "iscsi://127.0.0.1/iqn.2004-10.com.example:a/1"}, "new", "bad-disk"),
+        (replace(machine, kind="vsphere"), disk, "new", "wrong-hypervisor"),
+        (replace(machine, definition="<domain"), disk, "new", "bad-definition"),
+    ]
+    for found, disks, name, code in cases:
+        with pytest.raises(OffloadError) as refused:
+            world.host.check_create(found, disks, name)
+        assert refused.value.code == code
+        with pytest.raises(OffloadError):
+            world.host.create(found, disks, name, "m1", no_step)
+    with pytest.raises(BusyError):
+        world.host.create(machine, disk, "shop", "m1", no_step)
+    assert [domain.name() for domain in world.connection.listAllDomains(0)] == ["shop"]
+
+
+def test_view_on_a_socket_that_qemu_may_not_open_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = abilities.abilities
+    monkeypatch.setattr(
+        abilities, "abilities", lambda link, root: replace(real(link, root), user=64055)
+    )
+    with pytest.raises(ConfigError) as refused:
+        world.host.create(
+            world.machine, {"vda": "nbd+unix:///?socket=/run/x"}, "new", "m1", no_step
+        )
+    assert refused.value.code == "socket-out-of-reach"
