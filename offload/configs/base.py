@@ -21,9 +21,12 @@ Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0, le=86400)]
 
 
 class Model(BaseModel):
-    """A table of the file: frozen, and without keys that nobody knows."""
+    """A table of the file: frozen, and without keys that nobody knows.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Its validator is made when it is first used: most tables are only parts of others.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 def absolute_path(value: Path | None) -> Path | None:

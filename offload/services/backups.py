@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-import numpy as np
-
 from offload import compose
 from offload.catalog.store import Catalog
 from offload.engine.deletions import take_away
@@ -98,6 +96,8 @@ def _sectors(
     repository: Repository, x: Leaf | None, y: Leaf | None, start: int, length: int
 ) -> Iterator[tuple[int, int]]:
     """The sectors of a chunk slot in which two entries really differ."""
+    import numpy as np  # slow to load, and only a comparison needs it
+
     sides = []
     for leaf in (x, y):
         content = bytes(length) if leaf is None else bytes(read_leaf(repository, leaf, length))

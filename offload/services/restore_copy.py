@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-
-import numpy as np
 
 from offload.engine.bulkread import BulkReader, window_bytes
 from offload.engine.readimage import StoredImage
@@ -23,7 +22,6 @@ from offload.sink import UNIT, Sink
 from offload.store import Buffer
 
 CHECKPOINT_BYTES = 256 << 20  # written between two checkpoints: what a kill costs
-_BLOCK = 4096  # what is compared and written again as one
 _SAMPLES = 16  # places of what an interrupted run wrote that are looked at before it is trusted
 _SAMPLE_BYTES = 256 << 10
 
@@ -148,12 +146,14 @@ class Copy:
         tool.tally.written += len(wanted)
 
     def _write_changed(self, tool: _Tool, offset: int, wanted: Buffer) -> None:
+        from offload.services.restore_compare import differing  # NumPy: a new file needs it not
+
         for at in range(0, len(wanted), UNIT):
             part = memoryview(wanted)[at : at + UNIT]
             there = tool.there[: len(part)]
             self.sink.readinto(offset + at, there)
             tool.tally.compared += len(part)
-            for first, end in _differing(part, there):
+            for first, end in differing(part, there):
                 self.sink.write(offset + at + first, part[first:end])
                 tool.tally.written += end - first
 
@@ -163,12 +163,14 @@ class Copy:
             if not self.sink.fresh:
                 self.sink.zero(start, end - start)
             return
+        from offload.services.restore_compare import not_zero
+
         for first, stop in self.sink.data(start, end - start):
             for at in range(first, stop, UNIT):
                 there = tool.there[: min(UNIT, stop - at)]
                 self.sink.readinto(at, there)
                 tool.tally.compared += len(there)
-                for low, high in _not_zero(there):
+                for low, high in not_zero(there):
                     self.sink.zero(at + low, high - low)
                     tool.tally.written += high - low
 
@@ -245,22 +247,5 @@ class _Checkpoints:
 
 
 def _buffer(length: int) -> memoryview:
-    """Memory that costs nothing until it is used: not zeroed by hand."""
-    return np.empty(length, dtype=np.uint8).data
-
-
-def _differing(a: memoryview, b: memoryview) -> Ranges:
-    """Where two buffers of one length differ, in whole blocks."""
-    return _blocks(np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8))
-
-
-def _not_zero(a: memoryview) -> Ranges:
-    return _blocks(np.frombuffer(a, np.uint8) != 0)
-
-
-def _blocks(different: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ranges:
-    if not different.any():
-        return []
-    length = len(different)
-    hit = np.logical_or.reduceat(different, np.arange(0, length, _BLOCK)).nonzero()[0]
-    return normalize((int(n) * _BLOCK, min((int(n) + 1) * _BLOCK, length)) for n in hit)
+    """Memory that costs nothing until it is used."""
+    return memoryview(mmap.mmap(-1, length))
