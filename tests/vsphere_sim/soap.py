@@ -285,8 +285,8 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, service: Service, context: ssl.SSLContext) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, service: Service, context: ssl.SSLContext, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.service = service
         self._context = context
 
@@ -307,9 +307,9 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def served(service: Service, context: ssl.SSLContext) -> Iterator[int]:
-    """The port of 127.0.0.1 on which the service answers."""
-    server = _Server(service, context)
+def served(service: Service, context: ssl.SSLContext, port: int = 0) -> Iterator[int]:
+    """The port of 127.0.0.1 on which the service answers; 0: any that is free."""
+    server = _Server(service, context, port)
     thread = threading.Thread(target=server.serve_forever, name="vsphere simulator", daemon=True)
     thread.start()
     try:

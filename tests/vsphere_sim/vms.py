@@ -27,6 +27,11 @@ _SCSI = {
     "lsisas1068": _DEVICE.VirtualLsiLogicSASController,
 }
 _CARDS = {"vmxnet3": _DEVICE.VirtualVmxnet3, "e1000e": _DEVICE.VirtualE1000e}
+# what the API shows elsewhere than in extraConfig
+_SHOWN = re.compile(
+    r"\.encoding|config\.version|virtualHW\.|displayName|guestOS|numvcpus|memSize|uuid\.bios|"
+    r"vc\.uuid|firmware|uefi\.|annotation|encryption\.|(scsi|sata|nvme|ide|ethernet)\d"
+)
 _MODES = {"independent-persistent": "independent_persistent"}  # in a .vmx, in the API
 
 
@@ -182,7 +187,7 @@ def config_of(
         extraConfig=[
             vim.option.OptionValue(key=key, value=value)
             for key, value in values.items()
-            if key in ("disk.EnableUUID", "uuid.action", "nvram") or key.startswith("guestinfo.")
+            if not _SHOWN.match(key)
         ],
     )
     if "encryption.keySafe" in values:

@@ -181,9 +181,12 @@ class World:
         return sys.intern("".join(f"/{name}" for _, name in self._places_of(vm)))
 
     def _places_of(self, vm: Mapping[str, Any]) -> list[tuple[Any, str]]:
-        """Kinds and names, from the outside."""
+        """Kinds and names, from the outside. Only the root folder has no parent: it is in no
+        path."""
         known = [
-            (kind, self._places[place]) for kind, place in self._up(vm) if place in self._places
+            (kind, self._places[place])
+            for kind, place in self._up(vm)
+            if place in self._places and self._places[place].get("parent") is not None
         ]
         return [(kind, place.get("name") or "") for kind, place in reversed(known)]
 
