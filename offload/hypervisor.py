@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from offload.inventory import Inventory, InventoryChange
 from offload.island import Placeholder, Shown
@@ -59,6 +59,31 @@ class Hypervisor(Protocol):
 
     def machine(self, vm_id: str) -> Machine:
         """The settings of one VM now. Raises NotFoundError (`unknown-vm`)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmSnapshot:
+    """A snapshot of a VM, on its hypervisor."""
+
+    hypervisor: str  # its name in the configuration
+    vm: str  # its name
+    vm_id: str
+    name: str
+
+
+@runtime_checkable
+class TakesVmSnapshots(Protocol):
+    """Of a Hypervisor on which a TimeMark makes VM snapshots of seconds, by names of ours."""
+
+    def vm_snapshots(self, prefix: str) -> list[VmSnapshot]:
+        """Those of all VMs whose names begin so, but for placeholders of ours: what they show has
+        such a snapshot in it. Raises PrivilegeError, UnavailableError."""
+        ...
+
+    def remove_vm_snapshot(self, snapshot: VmSnapshot) -> None:
+        """Remove it alone, and merge its delta. Idempotent. Raises PrivilegeError,
+        UnavailableError."""
         ...
 
 

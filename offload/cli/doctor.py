@@ -33,6 +33,10 @@ def doctor(ctx: click.Context) -> None:
         from offload.services.doctor_vms import look_at_vms
 
         checks += look_at_vms(config, settings.config_path)
+    if config is not None and config.hypervisors:
+        from offload.services.doctor_hypervisors import look_at_hypervisors
+
+        checks += look_at_hypervisors(config, settings.config_path)
     rows = [
         [check.name, check.status.value, "yes" if check.required else "", check.detail, check.fix]
         for check in checks

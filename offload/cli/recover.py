@@ -34,8 +34,8 @@ def recover(ctx: click.Context, orphans: bool, dry_run: bool, yes: bool) -> None
     """Take back what a dead process left, and serve again the views whose server is gone.
 
     Each command that changes something takes leftovers back first; this one also remounts (after a
-    reboot) and names orphans. Orphans are never deleted unasked: where the catalog is lost they are
-    the last TimeMarks there are.
+    reboot), removes VM snapshots of ours that nobody needs, and names orphans. Orphans are never
+    deleted unasked: where the catalog is lost they are the last TimeMarks there are.
     """
     from offload.services import recover as service
 
@@ -55,6 +55,7 @@ def _data(report: RecoverReport, dry_run: bool) -> dict[str, Any]:
         "remounted": [view_fields(view) for view in report.remounted],
         "reconnected": [connection_fields(entry) for entry in report.reconnected],
         "warnings": report.warnings,
+        "vm_snapshots": report.vm_snapshots,
         "orphans": report.orphans,
         "orphans_deleted": report.orphans_deleted,
         "unfinished_restores": [
@@ -89,6 +90,8 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
         click.echo(f"{would}taken down: {island.name} on {island.host}")
     for connection in report.reconnected:
         click.echo(f"{would}connected again: {connection.name} at {connection.device}")
+    for snapshot in report.vm_snapshots:
+        click.echo(f"{would}removed: VM snapshot {snapshot.name} of {snapshot.vm}")
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     for orphan in report.orphans:
@@ -108,6 +111,7 @@ def _show(report: RecoverReport, dry_run: bool) -> None:
             report.taken_down,
             report.remounted,
             report.reconnected,
+            report.vm_snapshots,
             report.warnings,
             report.orphans,
             report.unfinished,

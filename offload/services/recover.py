@@ -9,10 +9,18 @@ from pathlib import Path
 
 from offload import compose
 from offload.errors import OffloadError
+from offload.hypervisor import VmSnapshot
 from offload.island import Island, IslandState
 from offload.journal import Leftover
 from offload.model import Connection, View, ViewState
-from offload.services import connect, island_away, mount, overlays, restore_record
+from offload.services import (
+    connect,
+    island_away,
+    mount,
+    overlays,
+    restore_record,
+    vm_snapshots,
+)
 from offload.services.connect import ConnectionState
 from offload.services.context import Context
 from offload.services.restore_record import Unfinished
@@ -49,6 +57,7 @@ class RecoverReport:
     warnings: tuple[str, ...]
     orphans: tuple[Orphan, ...]
     orphans_deleted: bool
+    vm_snapshots: tuple[VmSnapshot, ...]  # that nobody had announced, or removed
     unfinished: tuple[Unfinished, ...]  # restores that the same command goes on with
 
 
@@ -88,8 +97,8 @@ def _find_snapshots(ctx: Context) -> list[Orphan]:
 
 def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> RecoverReport:
     """Roll back leftovers, serve views again whose server is gone, take down what is left of
-    islands that were going, connect again what is no longer connected, and, if asked, delete
-    orphans.
+    islands that were going, connect again what is no longer connected, remove VM snapshots of ours
+    that nobody uses, and, if asked, delete orphans.
 
     Raises CleanupError if something could not be taken back (the rest was).
     """
@@ -111,12 +120,14 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
             warnings=(),
             orphans=tuple(find_orphans(ctx)),
             orphans_deleted=False,
+            vm_snapshots=vm_snapshots.find(ctx.instance, ctx.journal).found,
             unfinished=tuple(_unfinished(ctx)),
         )
     undone = ctx.journal.recover()
     remounted = mount.remount(ctx)
     taken_down, still_going = island_away.finish(ctx)
     reconnected = connect.reconnect(ctx)
+    swept = vm_snapshots.sweep(ctx.instance, ctx.journal)
     stray = find_orphans(ctx)
     if orphans:
         for orphan in stray:
@@ -126,9 +137,15 @@ def recover(ctx: Context, *, orphans: bool = False, dry_run: bool = False) -> Re
         taken_down=tuple(taken_down),
         remounted=remounted.views,
         reconnected=reconnected.connections,
-        warnings=(*remounted.warnings, *still_going, *reconnected.warnings),
+        warnings=(
+            *remounted.warnings,
+            *still_going,
+            *reconnected.warnings,
+            *swept.warnings,
+        ),
         orphans=tuple(stray),
         orphans_deleted=orphans,
+        vm_snapshots=swept.found,
         unfinished=tuple(_unfinished(ctx)),
     )
 

@@ -28,10 +28,11 @@ from offload.errors import (
     UnavailableError,
 )
 from offload.instance import Instance
-from offload.journal import CRASH_ENV
+from offload.journal import CRASH_ENV, Journal
 from offload.model import Consistency
 from offload.quiescers import vmware
 from offload.quiescers.vmware import VmwarePart, undo_remove
+from offload.services import vm_snapshots
 from offload.testing.certificates import Wanted, issue
 from offload.testing.instances import free_port, make_instance
 from offload.vsphere import Vsphere
@@ -577,6 +578,80 @@ def test_vmware_undo_without_the_server_is_a_cleanup_error(
     args = {"hypervisor": "vc", "vm": "shop", "moref": "vm-1", "snapshot": "offload.x.y"}
     with pytest.raises(CleanupError, match=r"offload\.x\.y of VM shop"):
         undo_remove(instance_of(tmp_path, vcenter.table(port=free_port())), NO_CATALOG, args)
+
+
+# -- what nobody has announced ---------------------------------------------------------------------
+
+
+def site_of(folder: Path, vcenter: Vcenter) -> tuple[Instance, Journal]:
+    instance = instance_of(folder, vcenter.table())
+    return instance, Journal(instance.journal_dir, lambda _action, _args: None)
+
+
+def test_vm_snapshots_that_nobody_announced_are_swept(
+    vcenter: Vcenter, shop: Managed, tmp_path: Path
+) -> None:
+    instance, journal = site_of(tmp_path, vcenter)
+    model = vcenter.model
+    ours = f"offload.{instance.id}."
+    for name in (f"{ours}one", "before-upgrade", "offload.another.two", f"{ours}three"):
+        model.add_snapshot(shop, name)
+    found = vm_snapshots.find(instance, journal)
+    assert [(s.vm, s.name) for s in found.found] == [
+        ("shop", f"{ours}one"), ("shop", f"{ours}three"),
+    ]  # fmt: skip
+    assert len(model.snapshot_names(shop)) == 4
+    assert vm_snapshots.sweep(instance, journal) == found
+    assert model.snapshot_names(shop) == ["before-upgrade", "offload.another.two"]
+    assert vm_snapshots.sweep(instance, journal) == vm_snapshots.Sweep()
+
+
+def test_vm_snapshot_of_a_living_operation_is_not_swept(
+    vcenter: Vcenter, shop: Managed, tmp_path: Path
+) -> None:
+    instance, journal = site_of(tmp_path, vcenter)
+    name = f"offload.{instance.id}.living"
+    with journal.operation("timemark", "shop") as op:
+        op.intend("freeze-0", "remove-vm-snapshot", {"snapshot": name})
+        vcenter.model.add_snapshot(shop, name)
+        assert vm_snapshots.sweep(instance, journal).found == ()
+        assert vcenter.model.snapshot_names(shop) == [name]
+
+
+def test_vm_snapshot_of_a_placeholder_is_not_swept(vcenter: Vcenter, tmp_path: Path) -> None:
+    """It is in what the placeholder shows."""
+    instance, journal = site_of(tmp_path, vcenter)
+    plan = VmPlan(name="backup-shop", instance_uuid="p", datastore="copy")
+    vm = vcenter.model.add_vm(plan)
+    vcenter.model.add_snapshot(vm, f"offload.{instance.id}.shown")
+    mark = vim.option.OptionValue(key="offload.island", value=f"{instance.id}/isl1")
+    vm.properties["config"].extraConfig = [mark]
+    assert vm_snapshots.sweep(instance, journal) == vm_snapshots.Sweep()
+
+
+def test_sweep_without_the_server_is_a_warning(vcenter: Vcenter, tmp_path: Path) -> None:
+    instance = instance_of(tmp_path, vcenter.table(port=free_port()))
+    journal = Journal(instance.journal_dir, lambda _action, _args: None)
+    swept = vm_snapshots.sweep(instance, journal)
+    assert swept.found == ()
+    assert "VM snapshots of vc could not be removed" in swept.warnings[0]
+
+
+@pytest.mark.needs_root
+def test_doctor_names_a_vm_snapshot_and_recover_removes_it(
+    offload: Command, vcenter: Vcenter, shop: Managed, tmp_path: Path
+) -> None:
+    assert offload("status").status == 0  # the instance has its id now
+    name = f"offload.{(tmp_path / 'state' / 'instance').read_text().strip()}.lost"
+    vcenter.model.add_snapshot(shop, name)
+    checks = {c["name"]: c for c in json.loads(offload("--json", "doctor").stdout)}
+    assert checks["hypervisor vc"]["status"] == "ok"
+    assert name in checks["VM snapshots"]["detail"]
+    shown = json.loads(offload("--json", "recover", "--dry-run").stdout)
+    assert [s["name"] for s in shown["vm_snapshots"]] == [name]
+    assert vcenter.model.snapshot_names(shop) == [name]
+    assert f"removed: VM snapshot {name} of shop" in offload("recover").stdout
+    assert vcenter.model.snapshot_names(shop) == []
 
 
 def test_vsphere_session_ends_with_its_block(vcenter: Vcenter, tmp_path: Path) -> None:

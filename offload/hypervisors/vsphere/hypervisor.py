@@ -12,11 +12,12 @@ from pyVmomi import vim
 
 from offload.configs.hypervisors import VsphereConfig
 from offload.errors import ConfigError, NotFoundError, PrivilegeError, UnavailableError
+from offload.hypervisor import VmSnapshot
 from offload.hypervisors.vsphere import settings
 from offload.hypervisors.vsphere.following import PATHS, Follower, Update
 from offload.hypervisors.vsphere.marks import islands_of, vm_ids
 from offload.hypervisors.vsphere.tags import read_tags
-from offload.hypervisors.vsphere.world import Touched, World
+from offload.hypervisors.vsphere.world import Touched, World, reference
 from offload.instance import Instance
 from offload.inventory import (
     Datastore,
@@ -28,7 +29,9 @@ from offload.inventory import (
 )
 from offload.machine import Machine
 from offload.vsphere import Vsphere
+from offload.vsphere_snapshots import consolidate, of_prefix, remove
 
+_REMOVE_S = 300.0  # the delta of one that was forgotten may be large
 _TAGS_S = 60.0  # nothing tells of changed tags: how often they are read while changes are followed
 
 
@@ -182,6 +185,28 @@ class VsphereHypervisor:
             hosts=tuple(entry for entry in found if isinstance(entry, HypervisorHost)),
             gone=tuple(sorted(lost)),
         )
+
+    # -- VM snapshots of ours --------------------------------------------------------------------
+
+    def vm_snapshots(self, prefix: str) -> list[VmSnapshot]:
+        """Raises PrivilegeError, UnavailableError."""
+        vsphere = self._vsphere()
+        found = [
+            VmSnapshot(hypervisor=self.name, vm=vm, vm_id=reference(managed), name=name)
+            for managed, vm, name in of_prefix(vsphere, prefix)
+        ]
+        ours = islands_of(vsphere, sorted({snapshot.vm_id for snapshot in found}))
+        return [snapshot for snapshot in found if snapshot.vm_id not in ours]
+
+    def remove_vm_snapshot(self, snapshot: VmSnapshot) -> None:
+        """Raises PrivilegeError, UnavailableError."""
+        vsphere = self._vsphere()
+        vm, until = vsphere.vm(snapshot.vm_id), time.monotonic() + _REMOVE_S
+        try:
+            remove(vsphere, vm, snapshot.name, until, creating=False)
+            consolidate(vsphere, vm, until)
+        except NotFoundError:
+            return  # the VM is gone
 
     # -- one VM ----------------------------------------------------------------------------------
 
