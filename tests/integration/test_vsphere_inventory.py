@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from offload.errors import (
     UnavailableError,
 )
 from offload.hypervisor import Hypervisor
-from offload.hypervisors.vsphere import following
+from offload.hypervisors.vsphere import following, hypervisor
 from offload.inventory import InventoryVm
 from offload.machine import DiskKind, MachineDisk
 from offload.testing.certificates import Wanted, issue, make_authority, write_server
@@ -237,6 +237,91 @@ def test_vm_that_is_one_of_two_is_refused(own: Vcenter, tmp_path: Path) -> None:
         opened.find("5001-other")
 
 
+def test_settings_are_the_vmx_the_nvram_and_a_summary(site: Vcenter, tmp_path: Path) -> None:
+    with connect(tmp_path, site.table()) as opened:
+        machine = opened.machine(opened.find("web"))
+        assert machine.disks == next(v for v in opened.inventory().vms if v.name == "web").disks
+    assert machine.definition_path == "[ds1] web/web.vmx"
+    assert 'displayName = "web"' in machine.definition
+    assert base64.b64decode(machine.files["nvram"]) == b"nvram of web\n"
+    assert (machine.uuid, machine.instance_uuid) == (PLANS[0].bios_uuid, "5001-web")
+    assert machine.summary["firmware"] == "uefi"
+    assert machine.summary["folder"] == "/DC0/vm/web/shop"
+    assert machine.summary["networks"] == [
+        {"name": "VM Network", "mac": PLANS[0].mac, "model": "vmxnet3"}
+    ]
+    assert machine.summary["memory_bytes"] == 64 << 20
+
+
+def test_settings_leave_out_what_would_let_somebody_in(own: Vcenter, tmp_path: Path) -> None:
+    store = own.model.datastores.by_name("ds1")
+    assert store is not None
+    text = store.volume.text("web/web.vmx")
+    store.volume.write_text(
+        "web/web.vmx", f'{text}RemoteDisplay.vnc.password = "Pa55"\nvnc.key = "Pa55"\nx = "y"\n'
+    )
+    with connect(tmp_path, own.table()) as opened:
+        machine = opened.machine(opened.find("web"))
+    assert "Pa55" not in str(machine.to_dict())
+    assert 'x = "y"' in machine.definition
+
+
+def test_settings_of_a_vm_that_is_gone_are_not_found(site: Vcenter, tmp_path: Path) -> None:
+    with connect(tmp_path, site.table()) as opened, pytest.raises(NotFoundError) as refused:
+        opened.machine("vm-4711")
+    assert refused.value.code == "unknown-vm"
+
+
+def test_settings_need_a_privilege_that_is_named(own: Vcenter, tmp_path: Path) -> None:
+    own.model.privileges.deny("Datastore.Browse")
+    with connect(tmp_path, own.table()) as opened, pytest.raises(PrivilegeError) as refused:
+        opened.machine(opened.find("web"))
+    assert "[ds1] web/web.vmx" in refused.value.message
+
+
+# -- tags ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_tags_of_vms_are_known(old: bool, own: Vcenter, tmp_path: Path) -> None:
+    tags = own.model.tags
+    tags.old_only = old
+    tags.attach("backup:nightly", vm_of(own, "web"), vm_of(own, "wide"))
+    tags.attach("tier:gold", vm_of(own, "web"), own.model.hosts.all["esx1"].managed)
+    tags.attach("unused:by-vms", own.model.hosts.all["esx1"].managed)
+    with connect(tmp_path, own.table()) as opened:
+        found = opened.inventory()
+        settings = opened.machine(opened.find("web"))
+    by_name = {vm.name: vm.tags for vm in found.vms}
+    assert by_name["web"] == ("backup:nightly", "tier:gold")
+    assert by_name["wide"] == ("backup:nightly",)
+    assert by_name["nas"] == ()
+    assert found.tags_problem == ""
+    assert settings.summary["tags"] == ["backup:nightly", "tier:gold"]
+    assert tags.sessions == 0
+
+
+def test_tags_that_change_are_followed(
+    opened: Hypervisor, own: Vcenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.model.tags.attach("backup:nightly", vm_of(own, "web"))
+    assert not opened.changes(0), "nothing tells of them: they are read now and then"
+    monkeypatch.setattr(hypervisor, "_TAGS_S", 0.0)
+    assert [vm.tags for vm in opened.changes(0).vms] == [("backup:nightly",)]
+    own.model.tags.detach("backup:nightly", vm_of(own, "web"))
+    assert [vm.tags for vm in opened.changes(0).vms] == [()]
+
+
+def test_tags_that_cannot_be_read_are_a_problem_of_the_inventory(
+    own: Vcenter, tmp_path: Path
+) -> None:
+    own.model.web._served = []  # its services for REST do not run
+    with connect(tmp_path, own.table()) as opened:
+        found = opened.inventory()
+    assert "has no REST API" in found.tags_problem
+    assert len(found.vms) == len(PLANS)
+
+
 # -- what changes ----------------------------------------------------------------------------------
 
 
@@ -246,15 +331,6 @@ def vm_of(vcenter: Vcenter, name: str) -> Managed:
         for found in vcenter.model.objects.values()
         if isinstance(found.ref, vim.VirtualMachine) and found.properties["name"] == name
     )
-
-
-@contextmanager
-def changing(model: Model, managed: Managed, *names: str) -> Iterator[Any]:
-    """Properties changed in place."""
-    with model.changed:
-        yield managed.properties[names[0]]
-        managed.properties.touch(*names)
-        model.changed.notify_all()
 
 
 @pytest.fixture
@@ -269,21 +345,14 @@ def test_changes_are_empty_where_nothing_changed(opened: Hypervisor) -> None:
 
 
 def test_vmotion_is_followed(opened: Hypervisor, own: Vcenter) -> None:
-    web = vm_of(own, "web")
-    with changing(own.model, web, "runtime") as runtime:
-        runtime.host = own.model.hosts.all["esx2"].managed.ref
+    own.model.events.vmotion(vm_of(own, "web"), "esx2")
     change = opened.changes(30)
     assert [(vm.name, vm.host) for vm in change.vms] == [("web", "esx2")]
     assert change.gone == ()
 
 
 def test_storage_vmotion_is_followed(opened: Hypervisor, own: Vcenter) -> None:
-    wide = own.model.datastores.by_name("wide")
-    assert wide is not None
-    with changing(own.model, vm_of(own, "web"), "config") as config:
-        (disk,) = [d for d in config.hardware.device if hasattr(d, "capacityInKB")]
-        disk.backing.fileName = "[wide] web/web.vmdk"
-        disk.backing.datastore = wide.managed.ref
+    own.model.events.storage_vmotion(vm_of(own, "web"), "wide")
     (web,) = opened.changes(30).vms
     assert (web.disks[0].datastore, web.disks[0].luns) == ("wide", (LUN1, LUN2))
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pyVmomi import vim
 
 from offload.errors import NotFoundError, OffloadError, UnavailableError
 from offload.hypervisors.vsphere.files import read_file
+from offload.hypervisors.vsphere.vmx import Vmx
 from offload.inventory import InventoryVm
 from offload.machine import Machine
 from offload.vsphere import Vsphere
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 PATHS = (
     "config.annotation", "config.bootOptions", "config.files.vmPathName", "config.guestFullName",
-    "config.hardware", "layoutEx.file",
+    "config.hardware",
 )  # fmt: skip
 _PLACE = re.compile(r"\[(?P<store>[^\]]+)\] (?P<path>.+)")
 _ENCODING = re.compile(rb'^\s*\.encoding\s*=\s*"([^"]+)"', re.MULTILINE | re.IGNORECASE)
@@ -37,6 +38,7 @@ def machine_of(
     """`seen`: the properties of PATHS. Raises NotFoundError (`unknown-file`), PrivilegeError,
     UnavailableError."""
     place = seen.get("config.files.vmPathName") or ""
+    text = _text(_read(vsphere, datacenter, place))
     return Machine(
         name=vm.name,
         kind="vsphere",
@@ -44,9 +46,9 @@ def machine_of(
         id=vm.id,
         uuid=vm.uuid,
         instance_uuid=vm.instance_uuid,
-        definition=_text(_read(vsphere, datacenter, place)),
+        definition=text,
         definition_path=place,
-        files=_nvram(vsphere, datacenter, vm, seen.get("layoutEx.file") or ()),
+        files=_nvram(vsphere, datacenter, place, text),
         disks=vm.disks,
         summary=_summary(vm, seen),
     )
@@ -71,19 +73,17 @@ def _text(data: bytes) -> str:
     return _SECRET.sub("", text)
 
 
-def _nvram(
-    vsphere: Vsphere, datacenter: str, vm: InventoryVm, files: Sequence[Any]
-) -> dict[str, str]:
-    """Base64; of a VM that never ran there is none, and without it a VM boots by its defaults."""
-    place = next((file.name for file in files if file.type == "nvram"), None)
-    if place is None:
+def _nvram(vsphere: Vsphere, datacenter: str, place: str, text: str) -> dict[str, str]:
+    """Base64. A VM that never ran has none; without it a VM boots by its defaults."""
+    name = Vmx(text).get("nvram")
+    if not name or "/" in name:  # beside the .vmx file, always
         return {}
     try:
-        data = _read(vsphere, datacenter, place)
+        data = _read(vsphere, datacenter, f"{place.rpartition('/')[0]}/{name}")
     except NotFoundError:
         return {}
     except OffloadError as error:
-        log.warning("the NVRAM of VM %s is not kept: %s", vm.name, error.message)
+        log.warning("the NVRAM of %s is not kept: %s", place, error.message)
         return {}
     return {"nvram": base64.b64encode(data).decode()}
 
