@@ -34,6 +34,7 @@ from offload.errors import BusyError, CleanupError, OffloadError, UsageError
 from offload.holds import claim_view, hold_timemark
 from offload.ids import new_id
 from offload.instance import Instance
+from offload.island import IslandState
 from offload.journal import Operation
 from offload.machine import Machine
 from offload.model import (
@@ -331,14 +332,19 @@ def remount(ctx: Context) -> Remounted:
 def undo_view(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:
     """Take a view away, half made or half gone. `server` is what was known when it was intended.
 
-    Not from under placeholders: CleanupError (`view-in-island`) while their island may stand.
+    Not from under placeholders: one of an island that stands, because its unmount was cut off
+    before all its intents were durable, stays. CleanupError (`view-in-island`) while an island is
+    not gone for sure.
     """
     for island in catalog.islands():
-        if args["id"] in island.views:
-            raise CleanupError(
-                f"view {args['id']} stays: island {island.name} is not gone for sure",
-                code="view-in-island",
-            )
+        if args["id"] not in island.views:
+            continue
+        if island.state is IslandState.STANDING:
+            return
+        raise CleanupError(
+            f"view {args['id']} stays: island {island.name} is not gone for sure",
+            code="view-in-island",
+        )
     _withdraw(instance, catalog, args)
     catalog.delete_view(args["id"])
 

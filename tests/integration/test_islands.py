@@ -544,6 +544,10 @@ def test_views_of_an_island_are_served_again_at_their_addresses(ctx: Context) ->
     assert served(ctx) == [True, True]
     assert [view.uri for view in ctx.catalog.views()] == [view.uri for view in made.views]
     assert ctx.catalog.islands() == [made.island]
+    # an unmount that was cut off before it had announced that the island goes
+    run_undo(ctx.instance, ctx.catalog, "withdraw-view", {"id": made.views[0].id})
+    assert served(ctx) == [True, True]
+    ctx.catalog.update_island(replace(made.island, state=IslandState.GOING))
     with pytest.raises(CleanupError, match="is not gone for sure"):
         run_undo(ctx.instance, ctx.catalog, "withdraw-view", {"id": made.views[0].id})
 
