@@ -129,6 +129,15 @@ class Exclusive(Protocol):
         ...
 
 
+@runtime_checkable
+class Filling(Protocol):
+    """A store that is so near that new memory for what is read costs as much as reading it."""
+
+    def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from `offset`; otherwise as `Store.get_range`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
     """One version of an object, as a versioned store lists them, newest first."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from offload.engine.chunkindex import Location
 from offload.engine.repository import Repository
+from offload.engine.room import Room
 from offload.errors import IntegrityError, NotFoundError, OffloadError
 from offload.format.pack import Entry, read_footer, scan_records
+from offload.store import Filling
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,11 +35,11 @@ class PackCheck:
         return not (self.bad or self.notes or self.gone or self.unread)
 
 
-def check_pack(repository: Repository, name: str) -> PackCheck:
+def check_pack(repository: Repository, name: str, room: Room) -> PackCheck:
     """Read a pack from start to end: footer, record headers, each payload against its id."""
     known = repository.index.entries(name)
     found = PackCheck(name=name)
-    raw = _content(repository, name, known, found)
+    raw = _content(repository, name, known, found, room)
     if raw is None:
         return found
     found.size_bytes = len(raw)
@@ -64,10 +66,13 @@ def _header_is(repository: Repository, entry: Entry, header: memoryview, pack: s
 
 
 def _content(
-    repository: Repository, name: str, known: list[Entry], found: PackCheck
+    repository: Repository, name: str, known: list[Entry], found: PackCheck, room: Room
 ) -> memoryview | None:
+    store = repository.store
     try:
-        return memoryview(repository.store.get(name))
+        if isinstance(store, Filling):
+            return room.read(store, name, 0, store.size(name))
+        return memoryview(store.get(name))
     except NotFoundError:
         found.gone = True
         found.entries = tuple(known)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from threading import Lock
@@ -14,6 +14,7 @@ from offload.engine.chunkindex import Location
 from offload.engine.packcheck import PackCheck, check_footer, check_pack
 from offload.engine.quarantine import Note, note_of
 from offload.engine.repository import Repository
+from offload.engine.room import Room
 from offload.engine.work import run_workers
 from offload.errors import OffloadError
 from offload.format import layout
@@ -184,19 +185,15 @@ class Packs:
     def _each(self, names: Sequence[str], task: str, *, full: bool) -> None:
         self.progress.start(task, sum(self.sizes[name] if full else 1 for name in names))
 
-        @contextmanager
-        def nothing() -> Iterator[None]:
-            yield None
-
-        def job(name: str, _tool: None) -> None:
+        def job(name: str, room: Room) -> None:
             if full:
-                found = check_pack(self.repository, name)
+                found = check_pack(self.repository, name, room)
             else:
                 found = check_footer(self.repository, name, self.sizes[name])
             self._judge(found, full=full)
             self.progress.advance(task, self.sizes[name] if full else 1)
 
-        run_workers(iter(names), nothing, job)
+        run_workers(iter(names), lambda: nullcontext(Room()), job)
         self.progress.finish(task)
 
     def _judge(self, found: PackCheck, *, full: bool) -> None:

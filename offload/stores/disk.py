@@ -114,11 +114,28 @@ class DiskStore:
         except OSError as error:
             raise self._explain(error, name) from error
         if len(data) != length:
-            raise IntegrityError(
-                f"object {name} of {self.url} ends {length - len(data)} bytes too early",
-                code="object-short",
-            )
+            raise self._short(name, length - len(data))
         return data
+
+    def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from `offset`; see `offload.store.Filling`."""
+        done = 0
+        try:
+            file = self._descriptor(name)
+            while done < len(buffer):
+                count = os.preadv(file.fd, [buffer[done:]], offset + done)
+                if not count:
+                    break
+                done += count
+        except OSError as error:
+            raise self._explain(error, name) from error
+        if done != len(buffer):
+            raise self._short(name, len(buffer) - done)
+
+    def _short(self, name: str, missing: int) -> IntegrityError:
+        return IntegrityError(
+            f"object {name} of {self.url} ends {missing} bytes too early", code="object-short"
+        )
 
     def size(self, name: str) -> int:
         """The object's size in bytes."""

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from offload.errors import BusyError, IntegrityError, NotFoundError
-from offload.store import Buffer, Exclusive, Store
+from offload.store import Buffer, Exclusive, Filling, Store
 
 _BAD_NAMES = (
     "", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", ".a", "a/.b", "A", "a b", "a\n", "ä",
@@ -101,6 +101,10 @@ class StoreContract(ABC):
         store.put("o", [data])
         for offset, length in ((0, 5000), (17, 1000), (4999, 1), (5000, 0), (0, 0)):
             assert store.get_range("o", offset, length) == data[offset : offset + length]
+            if isinstance(store, Filling):
+                buffer = bytearray(b"x" * length)
+                store.get_into("o", offset, memoryview(buffer))
+                assert buffer == data[offset : offset + length]
 
     @pytest.mark.parametrize(("offset", "length"), [(0, 11), (9, 2), (10, 1), (500, 1)])
     def test_get_range_past_the_end_is_an_integrity_error(
@@ -111,6 +115,10 @@ class StoreContract(ABC):
         with pytest.raises(IntegrityError) as caught:
             store.get_range("o", offset, length)
         assert caught.value.code == "object-short"
+        if isinstance(store, Filling):
+            with pytest.raises(IntegrityError) as caught:
+                store.get_into("o", offset, memoryview(bytearray(length)))
+            assert caught.value.code == "object-short"
 
     def test_missing_object_is_not_found(self, store: Store) -> None:
         """By each way of asking."""
@@ -119,6 +127,9 @@ class StoreContract(ABC):
             with pytest.raises(NotFoundError) as caught:
                 ask("no/such")
             assert caught.value.code == "no-object"
+        if isinstance(store, Filling):
+            with pytest.raises(NotFoundError):
+                store.get_into("no/such", 0, memoryview(bytearray(1)))
 
     def test_list_is_in_name_order_and_of_the_folder_only(self, store: Store) -> None:
         """Files and folders mixed; a folder that is not there has nothing in it."""

@@ -13,6 +13,7 @@ import pytest
 from offload.engine.packcheck import check_footer, check_pack
 from offload.engine.packwriter import Compressor, PackWriter
 from offload.engine.repository import Repository
+from offload.engine.room import Room
 from offload.format import layout
 from offload.format.keyfile import Secret, WrapperKind, key_file_text, new_ring, wrap
 from offload.format.layout import encode_parameters, new_parameters
@@ -57,7 +58,7 @@ def pack_of(repository: Repository) -> tuple[str, Path]:
 
 def test_check_pack_finds_a_flipped_bit_in_every_byte(repository: Repository) -> None:
     name, path = pack_of(repository)
-    assert check_pack(repository, name).whole
+    assert check_pack(repository, name, Room()).whole
     raw = path.read_bytes()
     entries = repository.index.entries(name)
     chooser = random.Random(2)
@@ -66,12 +67,12 @@ def test_check_pack_finds_a_flipped_bit_in_every_byte(repository: Repository) ->
         wrong = bytearray(raw)
         wrong[at] ^= 1 << chooser.randrange(8)
         path.write_bytes(wrong)
-        found = check_pack(repository, name)
+        found = check_pack(repository, name, Room())
         assert not found.whole, at
         hit = {entry for entry in entries if entry.payload_offset <= at < entry.end}
         assert {entry for entry in found.bad if entry in entries} == hit, at
     path.write_bytes(raw)
-    assert check_pack(repository, name).whole
+    assert check_pack(repository, name, Room()).whole
 
 
 def test_check_pack_cut_anywhere_names_the_chunks_behind_the_cut(repository: Repository) -> None:
@@ -82,7 +83,7 @@ def test_check_pack_cut_anywhere_names_the_chunks_behind_the_cut(repository: Rep
     for length in range(size - 1, 0, -23):
         os.truncate(path, length)
         lost = {entry for entry in entries if entry.end > length}
-        assert set(check_pack(repository, name).bad) == lost
+        assert set(check_pack(repository, name, Room()).bad) == lost
         quick = check_footer(repository, name, length)
         assert set(quick.bad) == lost
         assert not quick.whole
@@ -91,6 +92,6 @@ def test_check_pack_cut_anywhere_names_the_chunks_behind_the_cut(repository: Rep
 def test_check_pack_that_is_gone_says_so(repository: Repository) -> None:
     name, path = pack_of(repository)
     path.unlink()
-    for found in (check_pack(repository, name), check_footer(repository, name, 10_000)):
+    for found in (check_pack(repository, name, Room()), check_footer(repository, name, 10_000)):
         assert found.gone
         assert set(found.bad) == set(repository.index.entries(name))
