@@ -134,18 +134,21 @@ class Datastores(Part):
 
     def rescan(self, host: Host) -> None:
         """Mount what is bound to the LUN that it lies on; the inventory hears of it later."""
+        lag_s = self.model.weather.inventory_lag_s
+        self.model.later(lag_s, lambda: self._apply(host, self._bound(host)))
+
+    def _bound(self, host: Host) -> dict[str, list[Disk]]:
+        """Volumes of which all extents are there, on the LUNs that they name."""
         with host.lock:
             found: dict[str, dict[int, tuple[Disk, Header]]] = {}
             for disk, header in self.headers(host):
                 if header.device == disk.naa:
                     found.setdefault(header.uuid, {})[header.ordinal] = (disk, header)
-            whole = {
-                uuid: [extents[n][0] for n in range(len(extents))]
-                for uuid, extents in found.items()
-                if set(extents) == set(range(extents[min(extents)][1].extents))
-            }
-        lag_s = self.model.weather.inventory_lag_s
-        self.model.later(lag_s, lambda: self._apply(host, whole))
+        return {
+            uuid: [extents[n][0] for n in range(len(extents))]
+            for uuid, extents in found.items()
+            if set(extents) == set(range(extents[min(extents)][1].extents))
+        }
 
     def _apply(self, host: Host, found: dict[str, list[Disk]]) -> None:
         for uuid, disks in found.items():

@@ -22,6 +22,7 @@ from offload.hypervisor import IslandRequest, Step
 from offload.hypervisors.vsphere import fixups, rdm
 from offload.hypervisors.vsphere.attaching import Attaching, Copy
 from offload.hypervisors.vsphere.files import Files, datastore_files
+from offload.hypervisors.vsphere.preflight import is_scattered
 from offload.hypervisors.vsphere.record import MARK, Record
 from offload.hypervisors.vsphere.register import Wanted, ensure_folder, register, registered
 from offload.hypervisors.vsphere.vmx import Vmx, make_placeholder
@@ -169,7 +170,9 @@ class Building:
         return {entry.vm: found[entry.path] for entry in wanted}
 
     def _reverts(self, machine: Machine) -> bool:
-        return self.request.shown is Shown.VM and machine.name in self.request.vm_snapshot
+        """Whether it is to show its own instant, and can."""
+        chosen = self.request.shown is Shown.VM and machine.name in self.request.vm_snapshot
+        return chosen and not is_scattered(machine)
 
     def _registered(self, machine: Machine, moref: str) -> fixups.Registered:
         return fixups.Registered(
@@ -185,7 +188,8 @@ class Building:
     ) -> Placeholder:
         notes = [*self.notes.get(machine.id, ()), *said]
         if self.request.shown is Shown.VM and not vm.revert:
-            notes.append("it has no VM snapshot: it shows the group's instant")
+            why = "its disks lie on several datastores" if vm.snapshot else "it has no VM snapshot"
+            notes.append(f"{why}: it shows the group's instant")
         return Placeholder(
             id=vm.moref,
             name=vm.name,

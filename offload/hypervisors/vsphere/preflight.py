@@ -6,7 +6,7 @@ privileges: the "Required privileges" of each call that is made here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from pyVmomi import vim, vmodl
@@ -15,7 +15,7 @@ from offload.errors import PolicyError, PrivilegeError
 from offload.hypervisor import IslandRequest
 from offload.hypervisors.vsphere.hosts import Host
 from offload.island import Shown
-from offload.machine import DiskKind, Machine, MachineDisk
+from offload.machine import DiskKind, Machine
 from offload.vsphere import Vsphere
 
 ON_HOST = ("Host.Config.Storage",)
@@ -33,6 +33,7 @@ ON_FOLDER = (
     "VirtualMachine.State.RemoveSnapshot",
 )
 ON_DATACENTER = ("Datastore.Browse", "Datastore.FileManagement", "Datastore.Rename")
+SCATTERED = "VM {} has disks on several datastores: it shows the group's instant, not its own"
 _FREE = "esxBasic"  # edition of the free licence
 _ELSEWHERE = {
     DiskKind.VSAN: "a vSAN disk is no LUN",
@@ -98,7 +99,7 @@ def _lacking(
 
 def refuse_machines(request: IslandRequest) -> None:
     """VMs that cannot have a placeholder. Raises PolicyError, with all of them."""
-    found = [said for machine in request.machines for said in _refusals(machine, request)]
+    found = [said for machine in request.machines for said in _refusals(machine)]
     if found:
         raise PolicyError(
             "; ".join(found),
@@ -107,7 +108,7 @@ def refuse_machines(request: IslandRequest) -> None:
         )
 
 
-def _refusals(machine: Machine, request: IslandRequest) -> Iterator[str]:
+def _refusals(machine: Machine) -> Iterator[str]:
     if machine.kind != "vsphere":
         yield f"VM {machine.name} is of {machine.kind}: no placeholder of it can stand on vSphere"
         return
@@ -128,23 +129,24 @@ def _refusals(machine: Machine, request: IslandRequest) -> Iterator[str]:
             yield f"VM {machine.name}: {label} is encrypted"
         elif disk.shared:
             yield f"VM {machine.name}: {label} is on a shared bus: VM snapshots refuse it"
-    if request.shown is Shown.VM and _scattered(machine.disks):
-        yield (
-            f"VM {machine.name} has disks on several datastores: a revert to its own instant "
-            "would bring back their places in production; --shows group can be had"
-        )
 
 
-def _scattered(disks: Iterable[MachineDisk]) -> bool:
-    return len({disk.datastore for disk in disks if disk.datastore}) > 1
+def is_scattered(machine: Machine) -> bool:
+    """Whether it has disks on several datastores: its snapshots name them by their places in
+    production, which a revert would bring back."""
+    return len({disk.datastore for disk in machine.disks if disk.datastore}) > 1
 
 
 def warnings_of(request: IslandRequest) -> list[str]:
     """What a person must know before: lesser points in time."""
     found = []
     for machine in request.machines:
+        if request.shown is not Shown.VM or machine.name not in request.vm_snapshot:
+            continue
+        if is_scattered(machine):
+            found.append(SCATTERED.format(machine.name))
         apart = [disk.label or disk.name for disk in machine.disks if disk.independent]
-        if apart and request.shown is Shown.VM and machine.name in request.vm_snapshot:
+        if apart:
             found.append(
                 f"VM {machine.name}: {', '.join(apart)} is independent, so in no VM snapshot: "
                 "it is shown as of the group's instant"

@@ -22,7 +22,7 @@ from offload.hypervisors.vsphere.tasks import Job, error_of, run_all
 from offload.machine import Machine
 from offload.vsphere import Vsphere
 
-NAME_MAX = 80  # characters, as the vSphere client takes them
+NAME_MAX = 79  # characters: a name has fewer than 80 (VirtualMachine, `name`)
 _DIGEST = 6
 # RegisterVM_Task: "%", "/" and "\" are written %25, %2f and %5c, in either case
 _PERCENT = re.compile(r"%(?!25|2[fF]|5[cC])")

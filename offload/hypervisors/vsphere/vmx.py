@@ -139,7 +139,9 @@ def _settle(vmx: Vmx, volumes: Mapping[str, str]) -> list[str]:
     for name in list(vmx.media()):
         vmx.drop(name)
     for key in vmx.names():
-        if vmx.get(key).startswith("/vmfs/"):  # workingDir, sched.swap.derivedName …
+        if vmx.get(key).startswith("/vmfs/") and not _DISK.fullmatch(
+            key.lower()
+        ):  # workingDir, sched.swap.derivedName …
             moved = _moved(vmx.get(key), volumes)
             vmx.set(key, moved) if moved else vmx.drop(key)
     if vmx.get("checkpoint.vmState"):
