@@ -13,7 +13,7 @@ from demo.screen import Screen
 from offload.run import ProgramError, find_program, run
 
 _KVM_PROBE_S = 4.0
-_GUEST_S = 240.0
+_GUEST_S = 480.0
 _BOOTED = "Unable to mount root fs"  # panic() in the kernel's init/do_mounts.c: KVM ran it all
 
 
