@@ -235,6 +235,24 @@ def test_machine_whose_variables_are_gone_says_so(kvm: Hypervisor, folder: Path)
     assert machine.summary["left_out"] == [f"nvram: there is no {folder}/web.nvram"]
 
 
+def test_inventory_of_a_running_vm_has_its_images_parents(
+    kvm: Hypervisor, bare: Any, tmp_path: Path
+) -> None:
+    create = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    run.run([*create, str(tmp_path / "base.qcow2"), "1M"])
+    run.run([*create, "-b", "base.qcow2", "-F", "qcow2", str(tmp_path / "middle.qcow2")])
+    run.run([*create, "-b", "middle.qcow2", "-F", "qcow2", str(tmp_path / "top.qcow2")])
+    disk = DISK.format(path=tmp_path / "top.qcow2").replace("'raw'", "'qcow2'")
+    bare.attachDeviceFlags(disk, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    assert vm_of(kvm.inventory(), "bare").disks[0].chain == ()  # off, and in no pool
+    bare.create()
+    running = vm_of(kvm.inventory(), "bare")
+    assert (running.power, running.tools) == ("on", "not-installed")
+    assert running.disks[0].chain == (f"{tmp_path}/middle.qcow2", f"{tmp_path}/base.qcow2")
+    bare.suspend()
+    assert vm_of(kvm.inventory(), "bare").power == "suspended"
+
+
 def test_unknown_vm_is_refused(kvm: Hypervisor) -> None:
     with pytest.raises(NotFoundError) as refused:
         kvm.find("nobody")

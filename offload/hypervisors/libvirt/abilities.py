@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from offload.errors import ConfigError
 from offload.libvirtd import Libvirt
 
+_KINDS = ("type", "modelType", "model")
+_ENUMS = (
+    ("graphics", "type"), ("video", "modelType"), ("tpm", "model"), ("tpm", "backendModel"),
+    ("tpm", "backendVersion"),
+)  # fmt: skip
 _UNKNOWN = frozenset({8, 67})  # INVALID_ARG, CONFIG_UNSUPPORTED: of a machine type, an emulator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abilities:
-    """For one architecture and machine type. `models`: by device, what there is of it."""
+    """For one architecture and machine type. `models`: by device (of a TPM also
+    `tpm.backendModel`, `tpm.backendVersion`), what there is of it."""
 
     kind: str  # kvm | qemu
     machine: str
@@ -90,10 +96,11 @@ def _models(link: Libvirt, arch: str, machine: str, kind: str) -> dict[str, froz
             raise
     root = ET.fromstring(text)  # noqa: S314 - libvirt's own
     found: dict[str, frozenset[str]] = {}
-    for device, name in (("graphics", "type"), ("video", "modelType"), ("tpm", "model")):
+    for device, name in _ENUMS:
         place = root.find(f"devices/{device}")
         if place is not None:
             values = place.iterfind(f"enum[@name='{name}']/value")
             there = place.get("supported") == "yes"
-            found[device] = frozenset(v.text or "" for v in values) if there else frozenset()
+            named = frozenset(v.text or "" for v in values) if there else frozenset()
+            found[device if name in _KINDS else f"{device}.{name}"] = named
     return found

@@ -191,6 +191,8 @@ def _firmware(work: _Work) -> None:
         work.notes.append("the variables of its firmware were not kept: they are the defaults")
     if work.new.placeholder:
         _without_choice(work, system)
+    elif system.get("firmware"):
+        _choose_again(work, system)
 
 
 def _without_choice(work: _Work, system: ET.Element) -> None:
@@ -203,6 +205,18 @@ def _without_choice(work: _Work, system: ET.Element) -> None:
         for element in [*system.findall("loader"), *system.findall("nvram")]:
             system.remove(element)
         work.notes.append("UEFI that libvirt chose at its start: the placeholder names none")
+
+
+def _choose_again(work: _Work, system: ET.Element) -> None:
+    """libvirt chooses from what this host has; its choice of the old host may be written beside
+    its wish, which only newer ones understand."""
+    for loader in system.findall("loader"):
+        secure = loader.get("secure")
+        if loader.text:
+            work.notes.append(f"its firmware is chosen anew by libvirt: it was {loader.text}")
+        system.remove(loader)
+        if secure is not None:
+            ET.SubElement(system, "loader", secure=secure)
 
 
 def _hosts_own(work: _Work) -> None:
@@ -372,11 +386,7 @@ def _tpm_and_vsock(work: _Work) -> None:
     devices = work.devices
     for tpm in devices.findall("tpm"):
         backend = tpm.find("backend")
-        if (
-            backend is None
-            or backend.get("type") != "emulator"
-            or not work.host.has("tpm", tpm.get("model", ""))
-        ):
+        if backend is None or not _has_tpm(work.host, tpm, backend):
             devices.remove(tpm)
             work.notes.append("left out: TPM, which this host has not")
             continue
@@ -387,6 +397,16 @@ def _tpm_and_vsock(work: _Work) -> None:
         for cid in vsock.findall("cid"):
             cid.attrib.clear()
             cid.set("auto", "yes")
+
+
+def _has_tpm(host: Abilities, tpm: ET.Element, backend: ET.Element) -> bool:
+    """Whether one that is emulated, and empty, can take its place."""
+    return (
+        backend.get("type") == "emulator"
+        and host.has("tpm", tpm.get("model", ""))
+        and host.has("tpm.backendModel", "emulator")
+        and host.has("tpm.backendVersion", backend.get("version", "2.0"))
+    )
 
 
 def _sources(work: _Work) -> None:
