@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NoReturn
@@ -153,14 +153,14 @@ class Order:
     streams: tuple[int, int]
 
 
-def load() -> None:
+def load(more: Sequence[str]) -> None:
     """Import what programs import."""
     for name in _PACKAGES:
         package = importlib.import_module(name)
         for found in pkgutil.iter_modules(package.__path__, f"{name}."):
             if not found.name.endswith(".__main__"):
                 importlib.import_module(found.name)
-    for name in _MORE:
+    for name in more:
         importlib.import_module(name)
     gc.freeze()  # no collection writes to pages that the programs share
 
@@ -225,7 +225,7 @@ def become(order: Order) -> NoReturn:
     except BaseException:  # noqa: BLE001 - what Python does with it, too
         traceback.print_exc()
         status = 1
-    _leave(status)
+    leave(status)
 
 
 def _status_of(code: object) -> int:
@@ -235,7 +235,7 @@ def _status_of(code: object) -> int:
     return 1
 
 
-def _leave(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """End as Python does, but for the memory: to free all that was loaded takes longer than most
     programs run."""
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - waits for threads
@@ -247,7 +247,7 @@ def _leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    load()
+    load(_MORE)
     wanted = serve(sockets.socket(fileno=int(sys.argv[1])))
     if wanted is not None:
         become(wanted)

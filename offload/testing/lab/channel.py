@@ -47,9 +47,8 @@ class RemoteCommand:
         """Nothing more will come."""
         return self.status is not None or bool(self.failure)
 
-    def lines(self, until: float) -> Iterator[str]:
+    def lines(self, until: float, position: int = 0) -> Iterator[str]:
         """Whole lines of its output as they come, to its end or until this monotonic time."""
-        position = 0
         while (end := self._next_newline(position, until)) >= 0:
             line = bytes(self.stdout[position:end])
             position = end + 1
@@ -63,6 +62,10 @@ class RemoteCommand:
                 max(0.0, until - time.monotonic()),
             )
             return self.stdout.find(b"\n", position)
+
+    def feed(self, data: bytes) -> None:
+        """More for its standard input, where it was started to be fed: at most a frame."""
+        self._channel.send(frames.STDIN, self._number, data)
 
     def kill(self) -> None:
         """End it and all processes of its session. Idempotent."""
@@ -110,6 +113,7 @@ class Channel:
         stdin: bytes | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        feed: bool = False,
     ) -> RemoteCommand:
         """Start a command. GuestError where the guest has gone."""
         number = next(self._numbers)
@@ -120,7 +124,7 @@ class Channel:
             self._commands[number] = command
         request = {
             "argv": list(argv),
-            "stdin": stdin is not None,
+            "stdin": feed or stdin is not None,
             "env": dict(env or {}),
             "cwd": cwd,
         }

@@ -1,7 +1,7 @@
 """Tests that run in the guest and count on the host.
 
-All selected tests of a module run in one pytest in the guest (to start it takes seconds there);
-their reports come back one by one, and the host's pytest takes them for its own.
+All selected tests of a module run in one pytest in the guest (`forked.py` forks it); their reports
+come back one by one, and the host's pytest takes them for its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from offload.testing.lab.inside import REPORTS_FD
 MARKER = "in_guest"
 INSIDE = "OFFLOAD_IN_LAB_GUEST"  # set in the guest: the tests are where they belong
 _MODULE_S = 1800.0
-_END_S = 60.0
+_LOAD_S = 300.0
+_KILL_S = 60.0
 _PASSED_ON = ("CI", "OFFLOAD_TEST_SNAPSHOTS")  # hypothesis looks at the first
 _TAIL = 6000  # characters of what pytest said in the guest
 
@@ -36,25 +37,52 @@ class LostError(Exception):
     """No report will come any more; says why."""
 
 
+class Pytests:
+    """The process in the guest that forks a pytest for each module."""
+
+    def __init__(self, guest: Guest, config: pytest.Config) -> None:
+        """Start it, and wait until it has loaded what they need. GuestError, LostError."""
+        self.guest = guest
+        # descriptor 3 is for the reports, so that no test's own output gets in between
+        argv = ["bash", "-c", 'exec 3>&1 1>&2; exec "$@"', "pytest"]
+        argv += [sys.executable, "-m", "offload.testing.lab.forked"]
+        env = {INSIDE: "1", REPORTS_FD: "3"}
+        env |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        self.command = guest.start(argv, env=env, cwd=str(config.rootpath), feed=True)
+        if next(self.command.lines(time.monotonic() + _LOAD_S), None) is None:
+            self.stop()
+            said = self.command.stderr.decode("utf-8", "replace").strip()[-_TAIL:]
+            raise LostError(f"pytest in the guest was not loaded; it said:\n{said}{guest.tails()}")
+
+    def serves(self, guest: Guest) -> bool:
+        """Whether it runs in this guest."""
+        return self.guest is guest and guest.alive() and not self.command.ended
+
+    def stop(self) -> None:
+        """End it, and what it has forked. Idempotent."""
+        if self.serves(self.guest):
+            self.command.kill()
+            self.command.wait(_KILL_S)
+
+
 class ModuleRun:
     """One pytest in the guest. `timeout_s` of the first test's marker bounds it all."""
 
-    def __init__(self, guest: Guest, items: Sequence[pytest.Item]) -> None:
+    def __init__(self, pytests: Pytests, items: Sequence[pytest.Item]) -> None:
         """Start it. GuestError where the guest has gone."""
-        self._guest = guest
+        self._pytests = pytests
         self._config = items[0].config
         self._expected = {item.nodeid for item in items}
         self._finished: set[str] = set()
         self._reports: dict[str, list[pytest.TestReport]] = {}
         marker = items[0].get_closest_marker(MARKER)
         self._limit_s = float(marker.kwargs.get("timeout_s", _MODULE_S) if marker else _MODULE_S)
-        # descriptor 3 is for the reports, so that no test's own output gets in between
-        argv = ["bash", "-c", 'exec 3>&1 1>&2; exec "$@"', "pytest", *_pytest_argv(items)]
-        env = {INSIDE: "1", REPORTS_FD: "3"}
-        env |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        self._command = guest.start(argv, env=env, cwd=str(self._config.rootpath))
-        self._lines = self._command.lines(time.monotonic() + self._limit_s)
+        command = pytests.command
+        self._said_from = len(command.stderr)
+        self._lines = command.lines(time.monotonic() + self._limit_s, len(command.stdout))
+        self._status: int | None = None
         self._lost = ""
+        command.feed(json.dumps(_pytest_words(items)).encode() + b"\n")
 
     def expects(self, nodeid: str) -> bool:
         """Whether this test was given to it."""
@@ -66,18 +94,26 @@ class ModuleRun:
             yield from self._reports.pop(nodeid, ())
             if nodeid in self._finished:
                 return
-            line = next(self._lines, None)
-            if line is None:
+            if not self._take_next():
                 self._lost = self._lost or self._why_lost()
                 raise LostError(self._lost)
-            self._take(json.loads(line))
 
-    def _take(self, message: dict[str, Any]) -> None:
-        if "finished" in message:
+    def _take_next(self) -> bool:
+        """Whether more has come."""
+        line = None if self._status is not None else next(self._lines, None)
+        if line is None:
+            return False
+        message = json.loads(line)
+        if "ended" in message:
+            self._status = message["ended"]
+        elif "finished" in message:
             self._finished.add(message["finished"])
-            return
+        else:
+            self._take_report(message["report"])
+        return True
+
+    def _take_report(self, data: dict[str, Any]) -> None:
         hook = self._config.hook
-        data = message["report"]
         if isinstance(data["longrepr"], list):  # JSON has no tuples; a skip's place is one
             data["longrepr"] = tuple(data["longrepr"])
         report = hook.pytest_report_from_serializable(config=self._config, data=data)
@@ -85,36 +121,36 @@ class ModuleRun:
 
     def finish(self) -> None:
         """Wait for its end. LostError if that is not a regular one."""
-        if not self._command.wait(_END_S):
-            self.stop()
-            raise LostError(f"pytest in the guest did not end within {_END_S:g} s of its tests")
-        if self._command.status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        while self._take_next():
+            pass
+        if self._status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             raise LostError(self._why_lost())
 
     def stop(self) -> None:
         """Nobody wants the rest. Idempotent."""
-        if not self._command.ended and self._guest.alive():
-            self._command.kill()
+        if self._status is None:
+            self._pytests.stop()
 
     def _why_lost(self) -> str:
-        command = self._command
-        if command.status is not None:
-            how = f"ended with status {command.status} before its tests did"
-        elif command.failure:
-            how = f"is lost: {command.failure}"
+        command = self._pytests.command
+        if self._status is not None:
+            how = f"ended with status {self._status} before its tests did"
+        elif command.ended:
+            how = f"is lost: {command.failure or f'status {command.status}'}"
         else:
             how = f"did not end within {self._limit_s:g} s, the limit of a module"
             self.stop()
-        said = command.stderr.decode("utf-8", "replace").strip()[-_TAIL:]
-        return f"pytest in the guest {how}; it said:\n{said}{self._guest.tails()}"
+        said = command.stderr[self._said_from :].decode("utf-8", "replace").strip()[-_TAIL:]
+        return f"pytest in the guest {how}; it said:\n{said}{self._pytests.guest.tails()}"
 
 
-def _pytest_argv(items: Sequence[pytest.Item]) -> list[str]:
-    """The same Python, configuration and ways to show failures as on the host."""
+def _pytest_words(items: Sequence[pytest.Item]) -> list[str]:
+    """The same configuration and ways to show failures as on the host."""
     config = items[0].config
-    argv = [sys.executable, "-m", "pytest", "-p", "offload.testing.lab.inside"]
+    argv = ["-p", "offload.testing.lab.inside"]
     # hypothesis works without its plugin, which takes emulated seconds to load
-    argv += ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    for name in ("cacheprovider", "hypothesispytest", "xdist", "xdist.looponfail"):
+        argv += ["-p", f"no:{name}"]
     argv += ["--color=no", f"--rootdir={config.rootpath}"]
     argv += ["-c", str(config.inipath)] if config.inipath else []
     argv += [f"--tb={config.getoption('tbstyle')}"]
@@ -128,13 +164,16 @@ class Delegation:
     """The host's side of all modules of a test run."""
 
     def __init__(self) -> None:
+        self._pytests: Pytests | None = None
         self._run: ModuleRun | None = None
 
     def protocol(self, item: pytest.Item, nextitem: pytest.Item | None, guest: Guest) -> None:
         """Have a test run in the guest, and report it as pytest does. GuestError, LostError."""
         if self._run is None or not self._run.expects(item.nodeid):
             self.stop()
-            self._run = ModuleRun(guest, _rest_of_module(item))
+            if self._pytests is None or not self._pytests.serves(guest):
+                self._pytests = Pytests(guest, item.config)
+            self._run = ModuleRun(self._pytests, _rest_of_module(item))
         run = self._run
         for report in run.reports(item.nodeid):
             item.ihook.pytest_runtest_logreport(report=report)

@@ -178,9 +178,13 @@ class Guest:
         stdin: bytes | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        feed: bool = False,
     ) -> RemoteCommand:
-        """Start a command and look at it later: it is the caller's to wait for, or to kill."""
-        return self._channel.start(argv, stdin=stdin, env=env, cwd=cwd)
+        """Start a command and look at it later: it is the caller's to wait for, or to kill.
+
+        With `feed` its standard input stays open, for its method `feed`.
+        """
+        return self._channel.start(argv, stdin=stdin, env=env, cwd=cwd, feed=feed)
 
     def modprobe(self, *modules: str) -> None:
         """Load kernel modules, with what they need. GuestError naming one that is not there."""
