@@ -13,7 +13,8 @@ from pathlib import Path
 
 from offload.run import ProgramError, require_program, run
 
-_PATIENCE_S = 10.0  # for programs that a test has just ended to let go of the mount
+_PATIENCE_S = 60.0  # for programs that a test has just ended to let go of the mount
+mounts_of_ours: set[str] = set()  # who makes a mount namespace leaves those of others out
 _MAKE = {
     "xfs": (("mkfs.xfs", "-q", "-f"), "xfsprogs"),  # with reflinks, unless told otherwise
     "btrfs": (("mkfs.btrfs", "-q", "-f"), "btrfs-progs"),
@@ -54,9 +55,11 @@ def mounted(image: Path, point: Path, options: str = "") -> Iterator[Path]:
     """A file system in a file, mounted through a loop device that goes with the mount."""
     both = f"loop,{options}" if options else "loop"
     run(["mount", "-o", both, str(image), str(point)])
+    mounts_of_ours.add(str(point))
     try:
         yield point
     finally:
+        mounts_of_ours.discard(str(point))
         unmount(point)
 
 
