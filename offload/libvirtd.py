@@ -15,15 +15,17 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from offload.errors import NotFoundError, OffloadError, PrivilegeError, UnavailableError
+
+T = TypeVar("T")
 
 _KEEPALIVE_S = 5
 _KEEPALIVE_COUNT = 3
@@ -178,6 +180,17 @@ class Libvirt:
             yield
         except self._libvirt.libvirtError as error:
             raise _error(error, f"libvirt at {self.uri} {what}") from error
+
+    def optional(self, what: str, call: Callable[[], T], otherwise: T) -> T:
+        """The answer to a call; `otherwise` where the daemon has no driver for that kind of
+        thing (storage pools, networks)."""
+        with self.translated(what):
+            try:
+                return call()
+            except self._libvirt.libvirtError as error:
+                if error.get_error_code() == _NO_SUPPORT:
+                    return otherwise
+                raise
 
     # -- for Domain ------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import libvirt_qemu
 from offload import run
 from offload.errors import UnavailableError
 from offload.libvirtd import Libvirt
-from offload.testing import guest_agent
+from offload.testing import guest_agent, pools
 from offload.testing.daemon import Daemon, running
 from offload.testing.lab import frames, initramfs
 from offload.testing.lab.channel import Channel, GuestError, RemoteCommand
@@ -46,9 +46,15 @@ _TCP = (
 )
 # libvirt looks its user up before it reads which one it is to be
 _USER = {"passwd": "libvirt-qemu:x:64055:64055::/:/bin/false\n", "group": "libvirt-qemu:x:64055:\n"}
-# $1: the folder; $2: options. Process 1 reaps QEMUs, which are daemons; a libvirtd that has ended
-# starts again.
+# $1: the folder; $2: options; $3: its drivers; the others: mounts of the tests. Process 1 reaps
+# QEMUs, which are daemons; a libvirtd that has ended starts again. The namespace begins with a copy
+# of all mounts: those of other tests could not be unmounted as long as it lives.
 _START = """
+findmnt -rno SOURCE,TARGET | while read -r source target; do
+    [[ $source == /dev/loop* && " ${*:4} " != *" $target "* ]] || continue
+    umount --lazy "$target" || :
+done
+[ -z "$3" ] || export LIBVIRT_DRIVER_DIR="$3"
 mount -t tmpfs run /run
 for folder in /var/lib /var/log /var/cache; do mount -t tmpfs libvirt $folder; done
 mount --bind "$1/etc" /etc/libvirt
@@ -111,14 +117,17 @@ exec qemu-ga -m virtio-serial -p "/dev/$(basename "$(dirname "$file")")" -t /run
 
 class LibvirtHost:
     """A running daemon. `folder` is short, root's, and its own. With `tcp_port` it is reached at
-    `tcp_uri`, too, as one of another machine is."""
+    `tcp_uri`, too, as one of another machine is. `drivers`: the only ones that it has."""
 
-    def __init__(self, folder: Path, *, tcp_port: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, tcp_port: int | None = None, drivers: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.uri = f"qemu:///system?socket={folder}/libvirt-sock"
         self.tcp_uri = f"qemu+tcp://127.0.0.1:{tcp_port}/system"
         self._options = "--listen" if tcp_port is not None else ""
         (folder / "etc").mkdir(exist_ok=True)
+        self._drivers = _chosen_drivers(folder / "drivers", drivers) if drivers else ""
         for name, text in _CONF.items():
             more = f'unix_sock_dir = "{folder}"\n' if name == "libvirtd.conf" else ""
             if more and tcp_port is not None:
@@ -134,7 +143,17 @@ class LibvirtHost:
         run.require_program("libvirtd", "libvirt-daemon")
         argv = [unshare, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         daemon = Daemon(
-            argv=[*argv, "bash", "-euc", _START, "bash", str(self.folder), self._options],
+            argv=[
+                *argv,
+                "bash",
+                "-euc",
+                _START,
+                "bash",
+                str(self.folder),
+                self._options,
+                str(self._drivers),
+                *sorted(pools.mounts_of_ours),
+            ],
             log=self.folder / "libvirtd.log",
             end_with=signal.SIGKILL,  # --kill-child: process 1 of the namespace, and all with it
         )
@@ -156,6 +175,15 @@ class LibvirtHost:
         with contextlib.suppress(UnavailableError), Libvirt(self.uri):
             return True
         return False
+
+
+def _chosen_drivers(folder: Path, names: Sequence[str]) -> str:
+    folder.mkdir()
+    for name in names:
+        file = f"libvirt_driver_{name}.so"
+        (found,) = Path("/usr/lib").glob(f"*/libvirt/connection-driver/{file}")
+        (folder / file).symlink_to(found)
+    return str(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

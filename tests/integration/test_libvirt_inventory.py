@@ -268,6 +268,18 @@ def test_daemon_that_is_not_there_is_unavailable(enter: Open, folder: Path) -> N
     assert refused.value.code == "libvirt-unavailable"
 
 
+def test_daemon_without_storage_pools_has_an_inventory(enter: Open, folder: Path) -> None:
+    place = folder / "q"
+    place.mkdir()
+    with LibvirtHost(place, drivers=["qemu"]).running() as poor:
+        kvm = enter(poor.uri)
+        assert kvm.inventory().datastores == ()
+        made = libvirt.open(poor.uri)
+        made.defineXML(BARE.format(name="lonely"))
+        made.close()
+        assert [vm.name for vm in kvm.changes(WAIT_S).vms] == ["lonely"]
+
+
 def test_changes_before_the_inventory_are_refused(kvm: Hypervisor) -> None:
     with pytest.raises(UnavailableError) as refused:
         kvm.changes(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
+from typing import Any
 
 from offload.errors import ConfigError
 from offload.libvirtd import Libvirt
@@ -57,7 +58,9 @@ def abilities(link: Libvirt, root: ET.Element) -> Abilities:
                 code="wrong-architecture",
                 hint=f"on that host: apt-get install a qemu-system package for {arch}",
             )
-        networks = frozenset(net.name() for net in link.connection.listAllNetworks(0))
+    every = link.connection.listAllNetworks
+    found: list[Any] = link.optional("cannot list its networks", lambda: every(0), [])
+    networks = frozenset(network.name() for network in found)
     wanted = root.get("type", "kvm")
     kind = wanted if wanted in kinds else "qemu"
     for candidate in (machine, _family(machine), "virt"):

@@ -49,8 +49,11 @@ class DomainReader:
 
     def read_pools(self) -> tuple[Datastore, ...]:
         """Storage pools; from now on disks know in which they lie."""
-        with self._link.translated("cannot list its storage pools"):
-            found = [_pool(handle) for handle in self._link.connection.listAllStoragePools(0)]
+        what = "cannot list its storage pools"
+        every = self._link.connection.listAllStoragePools
+        handles: list[Any] = self._link.optional(what, lambda: every(0), [])
+        with self._link.translated(what):
+            found = [_pool(handle) for handle in handles]
         self._pools = sorted(found, key=lambda pool: pool.datastore.name)
         return tuple(pool.datastore for pool in self._pools)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from functools import partial
 from typing import Any
 
 from offload.libvirtd import Libvirt
@@ -33,10 +34,15 @@ class Following:
             for event in _DOMAIN_EVENTS:
                 number = connection.domainEventRegisterAny(None, event, self._domain, None)
                 self._numbers.append(("domainEventDeregisterAny", number))
-            for event in _POOL_EVENTS:
-                number = connection.storagePoolEventRegisterAny(None, event, self._pool, None)
-                self._numbers.append(("storagePoolEventDeregisterAny", number))
             connection.registerCloseCallback(self._closed, None)
+        for event in _POOL_EVENTS:
+            number = link.optional("does not tell what changes", partial(self._on_pool, event), -1)
+            if number >= 0:
+                self._numbers.append(("storagePoolEventDeregisterAny", number))
+
+    def _on_pool(self, event: int) -> int:
+        register = self._link.connection.storagePoolEventRegisterAny
+        return int(register(None, event, self._pool, None))
 
     def wait(self, seconds: float) -> bool:
         """Whether anything has changed, or the connection is gone; at once if it has already."""
