@@ -134,8 +134,14 @@ class Datastores(Part):
 
     def rescan(self, host: Host) -> None:
         """Mount what is bound to the LUN that it lies on; the inventory hears of it later."""
-        lag_s = self.model.weather.inventory_lag_s
-        self.model.later(lag_s, lambda: self._apply(host, self._bound(host)))
+        self.model.later(lambda: self._know(host))
+
+    def _know(self, host: Host) -> None:
+        with host.lock:
+            found = self._bound(host)
+            with self.model.changed:
+                self._apply(host, found)
+                self.model.changed.notify_all()
 
     def _bound(self, host: Host) -> dict[str, list[Disk]]:
         """Volumes of which all extents are there, on the LUNs that they name."""

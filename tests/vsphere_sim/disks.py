@@ -122,7 +122,7 @@ class IscsiDisk:
         self._lock = threading.Lock()
         self._session: Initiator | None = None
         try:
-            self._session = Initiator(target.uri(lun), target.login, timeout_s=10)
+            self._session = Initiator(target.uri(lun), target.login, timeout_s=60)
             self.naa = canonical_name(self._session.inquiry(_PAGE_IDENTIFICATION))
             head = self._session.inquiry()
         except ScsiError as error:
@@ -172,7 +172,7 @@ class IscsiDisk:
 def luns_of(target: Target) -> list[int]:
     """The LUNs of a target that are disks, by REPORT LUNS. Raises DiskError."""
     try:
-        return find_luns(target.uri(0), target.login, timeout_s=10)
+        return find_luns(target.uri(0), target.login, timeout_s=60)
     except ScsiError as error:
         raise DiskError(str(error)) from error
 

@@ -37,6 +37,7 @@ class Host:
     unmounted: set[str] = field(default_factory=set)  # UUIDs of VMFS
     refused: list[str] = field(default_factory=list)  # logins that failed, in words
     down: bool = False  # rebooting
+    before: list[IscsiDisk] = field(default_factory=list)  # sessions that the reboot has ended
 
     @property
     def name(self) -> str:
@@ -181,7 +182,8 @@ class Hosts(Part):
         host.down = True
         self.set_state(name, "notResponding")
         with host.lock:
-            for disk in host.sessions:
+            host.before = host.sessions
+            for disk in host.before:
                 disk.close()
             host.disks = {}
         if served:
@@ -193,6 +195,9 @@ class Hosts(Part):
         host.down = False
         self.set_state(name)
         self.model.storage.rescan(host)
+        for old in host.before:
+            if old.naa in host.disks:
+                self.model.datastores.swap(host, old, host.disks[old.naa])
         self.model.datastores.rescan(host)
 
     def EnterMaintenanceMode_Task(self, _call: Call, of: Managed, **_arguments: Any) -> None:

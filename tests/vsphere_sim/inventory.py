@@ -49,6 +49,7 @@ class Inventory(Part):
         self.datacenter: Managed = add(vim.Datacenter, "datacenter", name="DC0", parent=self.root)
         self._children(self.root)
         self.folders: dict[str, Managed] = {}
+        self._by_path: dict[str, Managed] = {}
         for kind in ("vm", "host", "datastore", "network"):
             made = add(vim.Folder, "group", name=kind, parent=self.datacenter)
             self._children(made)
@@ -68,6 +69,9 @@ class Inventory(Part):
 
     def add_folder(self, path: str) -> Managed:
         """A folder of VMs, by its path below the datacenter's; there may be one."""
+        known = self._by_path.get(path)
+        if known is not None and known.moid in self.model.objects:
+            return known
         found = self.folders["vm"]
         for name in filter(None, path.split("/")):
             inside = [o for o in self.model.objects.values() if o.parent is found]
@@ -79,6 +83,7 @@ class Inventory(Part):
                 )
                 self._children(below)
             found = below
+        self._by_path[path] = found
         return found
 
     def CreateFolder(self, _call: Call, of: Managed, name: str) -> Any:

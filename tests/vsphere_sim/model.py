@@ -48,6 +48,7 @@ class Weather:
     hold: dict[str, threading.Event] = field(default_factory=dict)
     latency_s: dict[str, float] = field(default_factory=dict)
     inventory_lag_s: float = 0.0
+    inventory_hold: threading.Event | None = None  # they appear when it is set
     quiesces: bool = True  # else a snapshot is made, and says that it is not quiesced
     consolidation_fails: bool = False  # a removal leaves the delta, and consolidationNeeded
     clock_ahead: timedelta = timedelta()
@@ -309,20 +310,20 @@ class Model:
                 task.properties.touch("info")
                 self.changed.notify_all()
 
-    def later(self, delay_s: float, act: Callable[[], None]) -> None:
-        """Act under the lock, now or after a delay."""
+    def later(self, act: Callable[[], None]) -> None:
+        """Act when the weather lets the inventory know: now, or in a thread of its own."""
+        delay_s, hold = self.weather.inventory_lag_s, self.weather.inventory_hold
+        if delay_s <= 0 and hold is None:
+            act()
+            return
 
-        def run() -> None:
-            with self.changed:
-                act()
-                self.changed.notify_all()
+        def wait() -> None:
+            time.sleep(delay_s)
+            if hold is not None:
+                hold.wait()
+            act()
 
-        if delay_s <= 0:
-            run()
-        else:
-            timer = threading.Timer(delay_s, run)
-            timer.daemon = True
-            timer.start()
+        threading.Thread(target=wait, daemon=True).start()
 
     def close(self) -> None:
         """Hosts log out of their targets."""
