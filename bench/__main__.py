@@ -12,6 +12,7 @@ from bench import (
     backups,
     fleet,
     instant,
+    inventory,
     latency,
     mounts,
     nights,
@@ -22,6 +23,7 @@ from bench import (
     stages,
     targets,
     verifying,
+    vm_snapshots,
 )
 from bench.ground import Ground, choose_folder, ground
 from bench.report import Table, update_page, write_page
@@ -29,7 +31,10 @@ from bench.report import Table, update_page, write_page
 PARTS = (
     "stages", "full", "restore", "verify", "reading", "incremental", "nights", "scale", "start",
     "many", "targets", "luns", "first", "instant", "freeze", "fleet", "latency",
+    "inventory", "vm-snapshots",
 )  # fmt: skip
+
+_WITHOUT_GROUND = {"inventory", "vm-snapshots"}
 
 
 def main() -> int:
@@ -73,6 +78,9 @@ def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> lis
             print(table.text(), flush=True)
             tables.append(table)
 
+    _measure_vsphere(wanted, rounds, show)
+    if set(wanted) <= _WITHOUT_GROUND:
+        return tables
     with ground(folder) as place:
         limit_s = 0.0
         if "stages" in wanted or "full" in wanted:
@@ -95,6 +103,14 @@ def _measure(folder: Path, wanted: list[str], chosen: argparse.Namespace) -> lis
         _measure_views(place, wanted, rounds, show)
         _measure_guests(place, wanted, chosen, show)
     return tables
+
+
+def _measure_vsphere(wanted: list[str], rounds: int, show: Callable[..., None]) -> None:
+    """What needs a vCenter: the simulator of the tests."""
+    if "inventory" in wanted:
+        show("inventory", inventory.measure(rounds))
+    if "vm-snapshots" in wanted:
+        show("vm-snapshots", vm_snapshots.measure())
 
 
 def _measure_views(
