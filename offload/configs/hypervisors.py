@@ -53,7 +53,7 @@ class BackupHostConfig(Model):
     address: str | None = None  # of the portal that the host logs in to; None: [iscsi] address
     adapter: str | None = None  # vSphere: e.g. vmhba64; None: the only software iSCSI adapter
     timeout_s: Seconds = 120.0  # for a LUN or datastore to appear
-    disk_dir: Path | None = None  # libvirt: of the placeholders' overlay files, on that host
+    disk_dir: Path | None = None  # libvirt: of the overlay files; None: in the state folder
 
     @field_validator("disk_dir")
     @classmethod
