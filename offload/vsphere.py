@@ -34,7 +34,8 @@ _VERSION = "vim.version.version11"  # 6.5
 _CALL_S = 30  # of one request; longer than a wait for changes
 _WAIT_S = 10  # of one wait for changes
 _PAGE = 500  # objects in one answer
-_IDENTITY = ("name", "config.instanceUuid", "config.template")
+_IDENTITY = ("name", "config.instanceUuid", "config.uuid", "config.template")
+MARK = "offload.island"  # key in a placeholder's extraConfig; value INSTANCE/ISLAND
 
 
 class TaskLateError(UnavailableError):
@@ -182,33 +183,47 @@ class Vsphere:
     # -- virtual machines ------------------------------------------------------------------------
 
     def find_vm(self, wanted: str) -> Any:
-        """The virtual machine of this name, or instance UUID.
+        """The virtual machine of this name, instance UUID or BIOS UUID; no template, for those have
+        no writers, and no placeholder of ours.
 
         Not by the server's own search: copies share UUIDs, and it would give any of them. Raises
         NotFoundError (`unknown-vm`, `ambiguous-vm`).
         """
+        plain = wanted.lower()
         with self.translated(f"the VM {wanted}"):
-            found = [
-                vm
+            hits = [
+                (vm, fields)
                 for vm, fields in self.collect(vim.VirtualMachine, _IDENTITY)
-                # templates have no writers
                 if not fields.get("config.template", False)
                 and (
                     wanted == fields.get("name")
-                    or wanted.lower() == fields.get("config.instanceUuid", "").lower()
+                    or plain == fields.get("config.instanceUuid", "").lower()
+                    or plain == fields.get("config.uuid", "").lower()
                 )
             ]
+            found = [
+                (vm, fields.get("config.instanceUuid", ""))
+                for vm, fields in hits
+                if not self.island_of(vm)
+            ]
+        exact = [vm for vm, number in found if number.lower() == plain]
+        if len(found) == 1 or len(exact) == 1:
+            return exact[0] if exact else found[0][0]
         if not found:
             raise NotFoundError(
                 f"{self.server} has no VM {wanted} that this user may see", code="unknown-vm"
             )
-        if len(found) > 1:
-            raise NotFoundError(
-                f"{self.server} has {len(found)} VMs {wanted}",
-                code="ambiguous-vm",
-                hint="name it by its instance UUID, if that is not the same too",
-            )
-        return found[0]
+        numbers = ", ".join(sorted(number for _, number in found))
+        raise NotFoundError(
+            f"{self.server} has {len(found)} VMs {wanted}",
+            code="ambiguous-vm",
+            hint=f"name it by its instance UUID, if that is not the same too: {numbers}",
+        )
+
+    def island_of(self, vm: Any) -> str:
+        """The island that a placeholder of ours belongs to, by its mark; "" of all others."""
+        path = "config.extraConfig"
+        return mark_in(self.read(vm, path).get(path) or ()).rpartition("/")[2]
 
     def vm(self, moref: str) -> Any:
         """The virtual machine of a reference that `find_vm` gave once (its `_moId`)."""
@@ -291,6 +306,11 @@ class Vsphere:
             ) from error
         except vmodl.MethodFault as error:
             raise _error(error, what) from error
+
+
+def mark_in(options: Sequence[Any]) -> str:
+    """The mark of a placeholder of ours in a VM's extraConfig, "" where there is none."""
+    return next((str(option.value) for option in options if option.key == MARK), "")
 
 
 def view_filter(view: Any, paths: Mapping[Any, Sequence[str]]) -> Any:

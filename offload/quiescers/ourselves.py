@@ -92,18 +92,20 @@ def check(
     """Raises PolicyError (`would-freeze-ourselves`) if the VM must never be frozen by us."""
     same = _same_machine(facts, machine or this_machine())
     if same:
-        raise _refused(vm, f"it is this machine: {same}")
+        raise _refused(vm, instance, f"it is this machine: {same}")
     for what, server in _needed(instance, table if table is not None else mountinfo.mounts()):
         if _is(server, facts, resolve or addresses_of):
-            raise _refused(vm, f"{what} is on {server}, which is this VM")
+            raise _refused(vm, instance, f"{what} is on {server}, which is this VM")
 
 
-def _refused(vm: str, why: str) -> PolicyError:
+def _refused(vm: str, instance: Instance, why: str) -> PolicyError:
+    """A VM without an entry was chosen by its group."""
+    named = vm in instance.config.vms
+    out = f"take vms.{vm}.freeze out of the configuration" if named else "take it out of the group"
     return PolicyError(
         f"freezing VM {vm} would stop this program, and with it the thaw: {why}",
         code="would-freeze-ourselves",
-        hint=f"take vms.{vm}.freeze out of the configuration, or move what it holds elsewhere; "
-        "back it up from another machine",
+        hint=f"{out}, or move what it holds elsewhere; back it up from another machine",
     )
 
 

@@ -146,6 +146,35 @@ def test_vmware_vm_is_found_by_its_instance_uuid(
     assert vcenter.model.snapshot_names(shop) == [part.snapshot_name]
 
 
+def test_vmware_placeholder_of_a_vm_is_not_taken_for_it(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    copy = vcenter.model.add_vm(VmPlan(name="backup-shop", instance_uuid=UUID, datastore="copy"))
+    mark = vim.option.OptionValue(key="offload.island", value="inst/isl1")
+    copy.properties["config"].extraConfig = [mark]
+    part = make(UUID)
+    part.check()
+    freeze(part)
+    assert vcenter.model.snapshot_names(shop) == [part.snapshot_name]
+    assert vcenter.model.snapshot_names(copy) == []
+    with pytest.raises(NotFoundError):
+        make("backup-shop").check()
+
+
+def test_vmware_vm_whose_id_is_known_is_not_searched_for(
+    vcenter: Vcenter, shop: Managed, make: Make, tmp_path: Path
+) -> None:
+    vcenter.model.add_vm(VmPlan(name="shop", instance_uuid="another", datastore="ds2"))
+    entry = VmwareFreeze(kind="vmware", hypervisor="vc", vm="shop", moref=shop.moid)
+    part = VmwarePart("shop", entry, instance_of(tmp_path, vcenter.table()))
+    part.check()
+    freeze(part)
+    assert vcenter.model.snapshot_names(shop) == [part.snapshot_name]
+    assert "CreateContainerView" not in vcenter.model.calls
+    part.close()
+    assert vcenter.model.snapshot_names(shop) == []
+
+
 def test_vmware_vm_among_many_is_found(vcenter: Vcenter, shop: Managed, make: Make) -> None:
     """More than one page of them."""
     for number in range(600):

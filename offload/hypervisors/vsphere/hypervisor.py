@@ -15,7 +15,7 @@ from offload.errors import ConfigError, NotFoundError, PrivilegeError, Unavailab
 from offload.hypervisor import VmSnapshot
 from offload.hypervisors.vsphere import settings
 from offload.hypervisors.vsphere.following import PATHS, Follower, Update
-from offload.hypervisors.vsphere.marks import islands_of, vm_ids
+from offload.hypervisors.vsphere.marks import islands_of
 from offload.hypervisors.vsphere.tags import read_tags
 from offload.hypervisors.vsphere.world import Touched, World, reference
 from offload.instance import Instance
@@ -212,22 +212,7 @@ class VsphereHypervisor:
 
     def find(self, wanted: str) -> str:
         """Raises NotFoundError (`unknown-vm`, `ambiguous-vm`), PrivilegeError, UnavailableError."""
-        vsphere = self._vsphere()
-        hits = dict(vm_ids(vsphere, wanted))
-        ours = islands_of(vsphere, list(hits))
-        found = {moref: number for moref, number in hits.items() if moref not in ours}
-        exact = [moref for moref, number in found.items() if number.lower() == wanted.lower()]
-        if len(exact) == 1 or len(found) == 1:
-            return (exact or list(found))[0]
-        if not found:
-            raise NotFoundError(
-                f"{vsphere.server} has no VM {wanted} that this user may see", code="unknown-vm"
-            )
-        raise NotFoundError(
-            f"{vsphere.server} has {len(found)} VMs {wanted}",
-            code="ambiguous-vm",
-            hint=f"name the one by its instance UUID: {', '.join(sorted(found.values()))}",
-        )
+        return reference(self._vsphere().find_vm(wanted))
 
     def machine(self, vm_id: str) -> Machine:
         """Raises NotFoundError (`unknown-vm`, `unknown-file`), PrivilegeError, UnavailableError."""

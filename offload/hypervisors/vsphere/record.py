@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 from offload import iscsi
 from offload.hypervisor import IslandRequest, IslandView
 from offload.instance import Instance
+from offload.vsphere import MARK
 
-MARK = "offload.island"  # key in a placeholder's extraConfig; value INSTANCE/ISLAND
+__all__ = ["MARK", "Record", "RecordedLun", "record_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
