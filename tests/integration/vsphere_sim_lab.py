@@ -170,3 +170,8 @@ def vcenter_vm(vcenter: Vcenter, client: Vsphere, name: str) -> Any:
         if isinstance(o.ref, vim.VirtualMachine) and o.properties["name"] == name
     )  # fmt: skip
     return vim.VirtualMachine(found.moid, client.stub)
+
+
+def disks_of(vm: Any) -> list[Any]:
+    """Its virtual disks, as a client sees them."""
+    return [d for d in vm.config.hardware.device if isinstance(d, vim.vm.device.VirtualDisk)]

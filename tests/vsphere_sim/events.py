@@ -38,7 +38,9 @@ class Events(Part):
             manager = self.model.objects["eventManager"]
             manager.properties["latestEvent"] = self.all[-1]
 
-    def QueryEvents(self, _call: Call, _of: Managed, filter: Any) -> list[Any]:
+    def QueryEvents(
+        self, _call: Call, _of: Managed, filter: Any, eventViewSpec: Any = None
+    ) -> list[Any]:
         """Those of the types that are named, or all; of an entity, or all."""
         wanted = set(filter.eventTypeId)
         entity = filter.entity.entity if filter.entity is not None else None
