@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +14,15 @@ from typing import Any
 
 from pyVmomi import vim
 
-from offload import iscsi
+from offload import iscsi, run
 from offload.hypervisor import IslandRequest, IslandView
 from offload.hypervisors.vsphere.backup_host import VsphereBackupHost
 from offload.instance import Instance
 from offload.island import Placeholder, Shown
 from offload.machine import DiskKind, Machine, MachineDisk
-from offload.model import RawSource, View, ViewId
+from offload.model import HomeSource, View, ViewId
 from offload.target import ExportRequest
 from offload.testing.instances import free_port, make_instance
-from offload.testing.target import writable
 from targets.tgt import TgtTarget
 from tests.vsphere_sim import vmdks
 from tests.vsphere_sim.properties import Managed
@@ -145,6 +143,30 @@ class IslandSite:
             independent=plan.mode.startswith("independent"),
         )
 
+    @property
+    def root(self) -> Managed:
+        """The datacenter's folder of VMs."""
+        found: Managed = self.model.inventory.folders["vm"]
+        return found
+
+    def add_proxy(self, path: str) -> Managed:
+        """A VM of backup software that has attached a disk of another one."""
+        self.model.datastores.ensure("proxies")
+        vm: Managed = self.model.add_vm(
+            VmPlan(name="proxy", instance_uuid="5023-proxy", datastore="proxies", host="backup1")
+        )
+        device = vim.vm.device.VirtualDisk(
+            key=-1,
+            controllerKey=1000,
+            unitNumber=1,
+            backing=vim.vm.device.VirtualDisk.FlatVer2BackingInfo(
+                fileName=path, diskMode="independent_nonpersistent"
+            ),
+        )
+        change = vim.vm.device.VirtualDeviceSpec(operation="add", device=device)
+        self.model.reconfigure.ReconfigVM_Task(None, vm, vim.vm.ConfigSpec(deviceChange=[change]))
+        return vm
+
     # -- views -----------------------------------------------------------------------------------
 
     def view(self, volume: str, view_id: str = "", host: str = "backup1") -> IslandView:
@@ -152,17 +174,16 @@ class IslandSite:
         view_id = view_id or f"v{len(self.views) + 1}"
         source, naa = self.luns[volume]
         copy = self.folder / f"{view_id}.raw"
-        shutil.copyfile(source, copy)
+        run.run(["cp", "--sparse=always", str(source), str(copy)])
         _, exposure, may_write = self.host(host).export()
         assert may_write
-        request = writable(
-            ExportRequest(
-                view_id=view_id,
-                name=view_id,
-                source=RawSource(path=copy, size_bytes=copy.stat().st_size),
-                run_dir=self.instance.views_dir / view_id,
-                exposure=exposure,
-            )
+        request = ExportRequest(
+            view_id=view_id,
+            name=view_id,
+            # written in place, without a daemon for its overlay
+            source=HomeSource(place=str(copy), size_bytes=copy.stat().st_size, sector_size=512),
+            run_dir=self.instance.views_dir / view_id,
+            exposure=exposure,
         )
         endpoint = self.target.export(request)
         self.views[view_id] = request
@@ -241,6 +262,11 @@ class IslandSite:
         """Virtual disks of a VM, as the API shows them."""
         devices = vm.properties["config"].hardware.device
         return [d for d in devices if isinstance(d, vim.vm.device.VirtualDisk)]
+
+    def wait_for_call(self, method: str) -> None:
+        """Until a call has come, and its task is under way."""
+        with self.model.changed:
+            assert self.model.changed.wait_for(lambda: method in self.model.calls, 60)
 
     def vm(self, moref: str) -> Managed:
         """A registered VM."""

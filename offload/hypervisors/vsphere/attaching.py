@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from offload.errors import UnavailableError
 from offload.hypervisor import Step
 from offload.hypervisors.vsphere.datastore import OurDatastore, rename, wait_for_datastores
 from offload.hypervisors.vsphere.hosts import Host
@@ -60,7 +61,12 @@ class Attaching:
         for copy in storage.wait_for_copies(expected):
             if not any(known.names == copy.names for known in self.copies):
                 self.copies.append(Copy(copy.label, copy.uuid, copy.names))
-            storage.resignature(copy)
+            try:
+                storage.resignature(copy)
+            except UnavailableError:
+                # a task of a session that was lost went on, and was faster
+                if not any(copy.names <= volume.names for volume in storage.volumes()):
+                    raise
         for volume in storage.volumes():
             if not volume.mounted:
                 storage.mount(volume)

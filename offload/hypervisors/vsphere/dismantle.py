@@ -166,7 +166,7 @@ def _unmount(storage: HostStorage, seen: Seen) -> None:
 
 def _let_go(storage: HostStorage) -> None:
     """A rescan disturbs the host: not where there is nothing to find out."""
-    found = storage.has_targets() or bool(storage.disks())
+    found = storage.has_targets() or bool(storage.disks()) or bool(storage.volumes())
     storage.remove_targets()
     if found:
         storage.rescan()

@@ -16,7 +16,8 @@ from offload.vsphere import Vsphere
 
 _MAX_BYTES = 4 << 20  # settings of a VM, not its disks
 _NOT_FOUND = 404
-_DENIED = (401, 403)
+_EXPIRED = 401
+_DENIED = 403
 _SUCCESS = range(200, 300)  # RFC 9110, 15.3
 
 
@@ -49,7 +50,9 @@ class Files:
             found = answer.read(_MAX_BYTES + 1)
         if answer.status == _NOT_FOUND:
             raise NotFoundError(f"there is no file {what}", code="unknown-file")
-        if answer.status in _DENIED:
+        if answer.status == _EXPIRED:
+            raise UnavailableError(f"{what}: the session has expired", code="vsphere-session")
+        if answer.status == _DENIED:
             raise PrivilegeError(
                 f"{self._vsphere.server} gives no access to {what}: this user may lack the "
                 "privilege Datastore.FileManagement",

@@ -259,12 +259,13 @@ class HostStorage:
     def _retried(self, call: Callable[[], Any]) -> None:
         """Again while it is in use (heartbeats, statistics, a backup that ends), to a deadline."""
         until = time.monotonic() + self._timeout_s
+        pause_s = _FIRST_POLL_S
         while True:
             try:
                 with contextlib.suppress(*_GONE):
                     call()
             except vim.fault.ResourceInUse as fault:
-                if time.monotonic() + _POLL_S > until:
+                if time.monotonic() + pause_s > until:
                     raise CleanupError(
                         f"host {self._host} does not let go of {fault.name or 'the datastore'}: "
                         f"{fault.msg or 'it is in use'}",
@@ -272,7 +273,8 @@ class HostStorage:
                         hint="end what uses it (a VM, a template, an ISO, a backup), then: "
                         "offload recover",
                     ) from fault
-                time.sleep(_POLL_S)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _POLL_S)
             else:
                 return
 

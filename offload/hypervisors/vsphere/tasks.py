@@ -117,7 +117,10 @@ class _Watch:
         """Of those that ended meanwhile: result or fault, by number."""
         whole_s = max(1, math.floor(patience_s))  # 0 would ask without a pause
         options = vmodl.query.PropertyCollector.WaitOptions(maxWaitSeconds=whole_s)
-        updates = self._collector.WaitForUpdatesEx(self._version, options)
+        try:
+            updates = self._collector.WaitForUpdatesEx(self._version, options)
+        except vmodl.fault.ManagedObjectNotFound as gone:  # the collector itself
+            raise _lost() from gone
         if updates is None:
             return {}
         self._version = updates.version
