@@ -64,8 +64,8 @@ def unmount(ctx: Context, island: Island, *, force: bool = False) -> tuple[Islan
         shown = [view for view in ctx.catalog.views() if view.id in known.views]
         for view in sorted(shown, key=lambda view: view.id):
             claims.enter_context(claim_view(ctx.instance, view.id, wait=True))
-        views.let_go(ctx, shown, force, _hosts(shown))
         host = compose.backup_host(known.host, ctx.instance)
+        views.let_go(ctx, shown, force, _hosts(host, shown))
         failed = _take_down(ctx, known, host, shown)
     if failed is not None:
         raise failed
@@ -76,11 +76,15 @@ def check_unused(ctx: Context, island: Island, *, force: bool) -> None:
     """Raises BusyError (`view-busy`, `view-connected`) unless it is forced; changes nothing."""
     if not force:
         shown = [view for view in ctx.catalog.views() if view.id in island.views]
-        views.let_go(ctx, shown, force, _hosts(shown))
+        host = compose.backup_host(island.host, ctx.instance)
+        views.let_go(ctx, shown, force, _hosts(host, shown))
 
 
-def _hosts(shown: Sequence[View]) -> set[str]:
-    """Whoever may log in is the host of the placeholders, and lets go when it is told to."""
+def _hosts(host: BackupHost, shown: Sequence[View]) -> set[str]:
+    """Whoever may log in is the host of the placeholders. One of vSphere is logged in all the time,
+    and lets go when it is told to; one of libvirt is while something reads a disk."""
+    if host.kind != "vsphere":
+        return set()
     return {name for view in shown for name in view.exposure.initiators}
 
 

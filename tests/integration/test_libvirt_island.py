@@ -24,6 +24,8 @@ from offload.services import island, island_away, placeholders, recover
 from offload.services import mount as mounts
 from offload.services.context import Context, open_context
 from offload.services.island_record import IslandOptions
+from offload.testing.daemon import Daemon, running
+from offload.testing.instances import free_port
 from offload.testing.libvirt_host import LibvirtHost
 from targets import processes
 
@@ -56,6 +58,14 @@ uri = "{uri}"
 
 [backup_hosts.island]
 hypervisor = "kvm"
+
+[backup_hosts.iscsi]
+hypervisor = "kvm"
+target = "tgt"
+prefix = "iscsi-"
+
+[iscsi]
+port = {port}
 """
 DOMAIN = """
 <domain type='qemu'>
@@ -126,7 +136,9 @@ def world() -> Iterator[World]:
             out.write(name.encode() * 100)
     (folder / "d").mkdir()
     with LibvirtHost(folder / "d").running() as daemon:
-        (folder / "offload.toml").write_text(CONFIG.format(folder=folder, uri=daemon.uri))
+        (folder / "offload.toml").write_text(
+            CONFIG.format(folder=folder, uri=daemon.uri, port=free_port())
+        )
         connection = libvirt.open(daemon.uri)
         for name in ("db", "web"):
             text = DOMAIN.format(name=name, folder=folder, tags=domain_xml.TAGS)
@@ -171,6 +183,19 @@ def test_group_chosen_by_a_tag_stands_as_placeholders(stage: World) -> None:
     assert (found.placeholders, found.findings) == (2, ())
     (status,) = placeholders.look(stage.ctx)
     assert [(s.there, s.power, s.problem) for s in status.standing] == [(True, "off", "")] * 2
+
+
+@pytest.mark.parametrize("host", ["island", "iscsi"])
+def test_island_whose_disks_are_being_read_stays(stage: World, host: str) -> None:
+    report = island.mount(stage.ctx, "shop", IslandOptions(host=host))
+    socket = stage.folder / "reader"
+    argv = ["qemu-nbd", "-r", "-t", "-f", "qcow2", "-k", str(socket), str(stage.overlays()[0])]
+    with running(Daemon(argv=argv, log=stage.folder / "log"), socket.exists):
+        with pytest.raises(BusyError) as refused:
+            island_away.unmount_all(stage.ctx, [report.island.name])
+        assert refused.value.code == "view-busy"
+        assert placeholders.check(stage.ctx).findings == ()
+    island_away.unmount_all(stage.ctx, [report.island.name])
 
 
 def test_islands_views_go_with_it_only(stage: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import signal
@@ -26,6 +27,7 @@ from offload.errors import (
     ConfigError,
     OffloadError,
     PolicyError,
+    PrivilegeError,
 )
 from offload.hypervisor import BackupHost, IslandRequest, IslandView
 from offload.hypervisors.libvirt import domain_xml
@@ -561,6 +563,14 @@ def test_backup_host_that_cannot_be_used_is_refused(world: World) -> None:
         world.host(address="192.0.2.1").export()
     assert refused.value.code == "not-loopback"
     assert world.host().check() == []
+
+
+def test_folder_that_this_user_may_not_write_to_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)  # root may everything
+    with pytest.raises(PrivilegeError):
+        world.host().check()
 
 
 def test_backup_host_on_another_machine_is_refused(world: World) -> None:

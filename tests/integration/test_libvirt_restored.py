@@ -30,6 +30,7 @@ from offload.services import mount as mounts
 from offload.services.context import Context, open_context
 from offload.services.mount import MountOptions
 from offload.testing import agent_disk
+from offload.testing.instances import free_port
 from offload.testing.libvirt_host import LibvirtHost
 
 pytestmark = [pytest.mark.needs_root]
@@ -58,6 +59,13 @@ uri = "{uri}"
 
 [backup_hosts.island]
 hypervisor = "kvm"
+
+[hypervisors.far]
+kind = "libvirt"
+uri = "{far}"
+
+[backup_hosts.far]
+hypervisor = "far"
 """
 DOMAIN = """
 <domain type='qemu'>
@@ -95,6 +103,7 @@ class World:
     ctx: Context
     machine: Machine
     host: BackupHost
+    far: BackupHost  # the same, as one of another machine
 
     @property
     def disk(self) -> Path:
@@ -107,8 +116,10 @@ def world() -> Iterator[World]:
     agent_disk.make_disk(folder / "system.raw", folder, "a shop")
     boot = agent_disk.make_boot(folder)
     (folder / "d").mkdir()
-    with LibvirtHost(folder / "d").running() as daemon:
-        (folder / "offload.toml").write_text(CONFIG.format(folder=folder, uri=daemon.uri))
+    with LibvirtHost(folder / "d", tcp_port=free_port()).running() as daemon:
+        (folder / "offload.toml").write_text(
+            CONFIG.format(folder=folder, uri=daemon.uri, far=daemon.tcp_uri)
+        )
         connection = libvirt.open(daemon.uri)
         connection.defineXML(
             DOMAIN.format(
@@ -129,6 +140,7 @@ def world() -> Iterator[World]:
                 ctx=ctx,
                 machine=machine,
                 host=compose.backup_host("island", ctx.instance),
+                far=compose.backup_host("far", ctx.instance),
             )
         connection.close()
     shutil.rmtree(folder)
@@ -251,6 +263,28 @@ def test_vm_has_its_firmware_variables_beside_its_disk(made: World, tmp_path: Pa
     assert domain_xml.disk_format(found) == "qcow2"
     assert steps == ["define", "nvram"]
     made.host.destroy("m1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vm_on_another_machine_has_its_firmware_variables_by_a_storage_pool(
+    made: World, tmp_path: Path
+) -> None:
+    disk = {"vda": str(tmp_path / "disk.raw")}
+    machine = with_nvram(made.machine)
+    with pytest.raises(ConfigError) as refused:
+        made.far.check_create(machine, disk, "uefi")
+    assert refused.value.code == "no-pool"
+    pool = made.connection.storagePoolCreateXML(
+        f"<pool type='dir'><name>disks</name><target><path>{tmp_path}</path></target></pool>"
+    )
+    try:
+        made.far.create(machine, disk, "uefi", "m1", no_step)
+        nvram = Path(domain_xml.nvram_of(definition(made, "uefi")))
+        assert (nvram.parent, nvram.read_bytes()) == (tmp_path, b"variables" * 1000)
+        assert nvram.stat().st_mode & 0o777 == 0o600
+        made.far.destroy("m1")
+    finally:
+        pool.destroy()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,6 +33,12 @@ class HostFiles:
     def __init__(self, link: Libvirt) -> None:
         self._link = link
 
+    def check(self, path: str) -> None:
+        """Whether a file could be made there, as far as can be seen. Raises ConfigError
+        (`no-pool`), UnavailableError."""
+        if not self._link.local:
+            self._pool(str(PurePosixPath(path).parent))
+
     def read(self, path: str) -> bytes:
         """Raises NotFoundError (`no-file`), PrivilegeError, UnavailableError, ConfigError
         (`no-pool`)."""

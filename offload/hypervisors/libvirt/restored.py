@@ -127,6 +127,8 @@ def _prepare(link: Libvirt, order: Order, mark: str) -> _Prepared:
         mac=lambda old: translate.fresh_mac() if old in taken_macs or not old else old,
         nvram=_nvram(order, mark),
     )
+    if new.nvram:
+        HostFiles(link).check(new.nvram)
     text, notes = translate.translate(root, new, host)
     if machine.summary.get("left_out"):
         notes += [f"not kept: {what}" for what in machine.summary["left_out"]]
