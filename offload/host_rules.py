@@ -140,19 +140,16 @@ def _lvm() -> Rule:
     if program is None:
         return Rule(name="lvm", state=RuleState.NOT_NEEDED, path=_LVM_LOCAL, text=text)
     state, by_hand = RuleState.MISSING, False
-    found = _lvm_setting(program, "devices/global_filter")
-    if f'"r|^{_LVM_PATTERN}|"' in found or f'"r|{_LVM_PATTERN}|"' in found:
+    names = ["devices/global_filter", "devices/use_devicesfile"]  # older LVM knows only the first
+    done = run.run([program, "--typeconfig", "full", *names], timeout_s=20, check=False)
+    found = done.stdout.split()
+    if f'"r|^{_LVM_PATTERN}|"' in done.stdout or f'"r|{_LVM_PATTERN}|"' in done.stdout:
         state = RuleState.INSTALLED
-    elif _lvm_setting(program, "devices/use_devicesfile").endswith("=1") and _LVM_DEVICES.exists():
+    elif "use_devicesfile=1" in found and _LVM_DEVICES.exists():
         state = RuleState.NOT_NEEDED  # LVM uses the devices of that list and no others
     else:
-        by_hand = '"a|.*|"' not in found
+        by_hand = '"a|.*|"' not in done.stdout
     return Rule(name="lvm", state=state, path=_LVM_LOCAL, text=text, by_hand=by_hand)
-
-
-def _lvm_setting(program: str, name: str) -> str:
-    done = run.run([program, "--typeconfig", "full", name], timeout_s=20, check=False)
-    return done.stdout.strip()
 
 
 def _state(path: Path, text: str, needed: bool) -> RuleState:
