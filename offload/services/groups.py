@@ -6,7 +6,7 @@ file, a block device or an RBD image, by that. The inventory is read afresh: VMs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 
 from offload import compose
@@ -90,9 +90,11 @@ def to_quiesce(config: Config, resolved: Resolved, least: Consistency) -> dict[s
     hypervisor = resolved.config.hypervisor
     if hypervisor is None or least is Consistency.CRASH:
         return found
+    names = Counter(vm.name for vm in resolved.vms)
     for vm in resolved.vms:
         if not entry_of(config, hypervisor, vm):
-            found[_free(vm.name, found)] = VmConfig(
+            alone = names[vm.name] == 1 and vm.name not in found
+            found[vm.name if alone else full_name(vm)] = VmConfig(
                 volumes=tuple(dict.fromkeys(v for d in vm.disks for v in volumes_of(config, d))),
                 freeze=_freeze(config, hypervisor, vm),
             )
@@ -105,10 +107,6 @@ def _freeze(config: Config, hypervisor: str, vm: InventoryVm) -> FreezeConfig:
     return VmwareFreeze(kind="vmware", hypervisor=hypervisor, vm=vm.name, moref=vm.id)
 
 
-def _free(name: str, taken: Iterable[str]) -> str:
+def full_name(vm: InventoryVm | Machine) -> str:
     """Names are not unique in a vCenter."""
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f"{name} ({number})"
-    return free
+    return f"{vm.name} ({vm.id})"

@@ -6,6 +6,7 @@ its storage was snapshot, its own quiesced instant some seconds earlier.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -132,8 +133,9 @@ def instants(
 ) -> Instants:
     """Which instant is shown: the one that was asked for, else the VMs' own where there is one.
 
-    Raises UsageError (`no-vm-image`).
+    Raises UsageError (`no-vm-image`, `same-names`).
     """
+    _refuse_same_names(machines)
     found = {m.name: _image_of(config, past, m) for m in machines}
     own = {name: image for name, image in found.items() if image is not None and image.at}
     if asked is Shown.VM and not own:
@@ -161,9 +163,22 @@ def instants(
     )
 
 
+def _refuse_same_names(machines: Sequence[Machine]) -> None:
+    """What is known of a VM goes by its name from here on."""
+    for name, number in Counter(machine.name for machine in machines).items():
+        if number > 1:
+            ids = ", ".join(m.instance_uuid or m.uuid or m.id for m in machines if m.name == name)
+            raise UsageError(
+                f"{number} VMs are called '{name}': they cannot stand on one island",
+                code="same-names",
+                hint=f"an island each: --vm with one of {ids}",
+            )
+
+
 def _image_of(config: Config, past: Past, machine: Machine) -> VmImage | None:
-    entry = groups.entry_of(config, machine.hypervisor, machine) or machine.name
-    return next((image for image in past.images if image.name == entry), None)
+    entry = groups.entry_of(config, machine.hypervisor, machine)
+    by_name = {image.name: image for image in past.images}
+    return by_name.get(entry or groups.full_name(machine)) or by_name.get(machine.name)
 
 
 def _at_the_groups(past: Past, machine: Machine, image: VmImage | None) -> Consistency:

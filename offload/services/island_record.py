@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from offload.errors import BusyError
 from offload.island import Island, Shown
 from offload.journal import step
+from offload.model import View
+from offload.services.context import Context
 from offload.services.undo import dump
 
 _ASKED = "asked."  # keys of ours, for `refresh`
@@ -55,3 +59,16 @@ def undo_args(island: Island) -> dict[str, str]:
 def host_step(phase: str, name: str) -> None:
     """A step of the host's driver; `phase`: build or down."""
     step(f"island.{phase}.{name}")
+
+
+def check_free(ctx: Context, chosen: Sequence[View]) -> None:
+    """No view is taken from under placeholders: BusyError (`view-in-island`)."""
+    for island in ctx.catalog.islands():
+        for view in chosen:
+            if view.id in island.views:
+                raise BusyError(
+                    f"view {view.name} is a disk of placeholders: island {island.name} on "
+                    f"{island.host}",
+                    code="view-in-island",
+                    hint=f"take all of it away: offload unmount {island.name}",
+                )

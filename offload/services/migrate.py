@@ -38,6 +38,7 @@ from offload.qmp import Qmp, QmpGoneError
 from offload.services import homes, migrate_guard, overlays, timemark
 from offload.services.context import Context
 from offload.services.homes import Home
+from offload.services.island_record import check_free
 from offload.services.undo import dump
 from offload.sources import source_from_dict, source_to_dict
 from offload.target import Movable
@@ -61,8 +62,8 @@ def migrate(ctx: Context, name: str, place: str, progress: Progress | None = Non
     there; clients stay connected.
 
     Raises UsageError (`view-read-only`, `view-unmovable`, `bad-target`), NotFoundError, BusyError
-    (`view-claimed`), UnavailableError (`view-dead`, `migration-failed`), and what `open_home`
-    raises. On an error the view goes on as before.
+    (`view-claimed`, `view-in-island`), UnavailableError (`view-dead`, `migration-failed`), and what
+    `open_home` raises. On an error the view goes on as before.
     """
     began = time.monotonic()
     known = ctx.catalog.view(name)
@@ -72,6 +73,7 @@ def migrate(ctx: Context, name: str, place: str, progress: Progress | None = Non
                 f"view {known.name} is being mounted, unmounted or migrated", code="view-claimed"
             )
         view = ctx.catalog.view(known.id)
+        check_free(ctx, [view])
         target = _movable(ctx, view)
         tag = new_id()
         if "://" in place:

@@ -55,6 +55,7 @@ from offload.quantity import parse_size
 from offload.services import connect, director, groups, overlays, points, timemark
 from offload.services.context import Context
 from offload.services.groups import Resolved
+from offload.services.island_record import check_free
 from offload.services.points import Point
 from offload.services.undo import dump
 from offload.target import Client, ExportRequest, Target
@@ -182,7 +183,7 @@ def unmount(
     chosen = list({view.id: view for view in found}.values())
     if not chosen:
         return []
-    _check_free(ctx, chosen)
+    check_free(ctx, chosen)
     _check_unmoved(_moving(ctx), chosen)
     with ExitStack() as claims:
         for view in sorted(chosen, key=lambda view: view.id):  # waits while one is served again
@@ -235,7 +236,7 @@ def keep(ctx: Context, names: Sequence[str], *, force: bool = False) -> list[Vie
                 code="view-read-only",
                 hint=f"offload unmount {view.name}",
             )
-    _check_free(ctx, chosen)
+    check_free(ctx, chosen)
     _check_unmoved(_moving(ctx), chosen)
     with ExitStack() as claims:
         for view in sorted(chosen, key=lambda view: view.id):
@@ -413,19 +414,6 @@ def check_name(ctx: Context, kind: str, name: str) -> None:
             code="name-taken",
             hint=f"choose another name, or: offload unmount {name}",
         )
-
-
-def _check_free(ctx: Context, chosen: Sequence[View]) -> None:
-    """No view is taken from under placeholders."""
-    for island in ctx.catalog.islands():
-        for view in chosen:
-            if view.id in island.views:
-                raise BusyError(
-                    f"view {view.name} is a disk of placeholders: island {island.name} on "
-                    f"{island.host}",
-                    code="view-in-island",
-                    hint=f"take all of it away: offload unmount {island.name}",
-                )
 
 
 def _check_unmoved(moving: Mapping[str, str], chosen: Sequence[View]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from e2e_site import Site as Commands
 
+from offload import compose
 from offload.journal import CRASH_ENV, TRACE_ENV
 from tests.vsphere_sim.site import BACKUP, Plan, Site, running_site
 from tests.vsphere_sim.vms import DiskPlan
@@ -29,6 +30,10 @@ vms = ["vm01", "vm02"]
 consistency = "filesystem"
 atomic = "record"
 deadline_s = 60
+[stores.main]
+kind = "disk"
+path = "{folder}/store"
+min_free = "1MiB"
 [groups.second]
 hypervisor = "vc"
 datastores = ["ds2"]
@@ -67,7 +72,7 @@ def world() -> Iterator[Vsphere]:
     plan = Plan(luns_in=folder, provider="copy", luns=2, vms=3)
     with running_site(folder, plan) as site:
         site.add_vm("far", disks=(DiskPlan(size_bytes=1 << 20),), datastore="ds2", folder="other")
-        site.write_config(GROUPS.format(lun1=site.luns["lun1"][1]))
+        site.write_config(GROUPS.format(folder=folder, lun1=site.luns["lun1"][1]))
         made = Vsphere(site, Commands(folder=folder, pool=folder, config=site.config))
         yield made
         made.offload.run("unmount", "--all", "--force")
@@ -121,6 +126,31 @@ def test_placeholders_of_quiesced_vms_show_each_its_own_instant(vc: Vsphere) -> 
     made = vc.offload.ask("mount", origin, "--placeholder", "--host", BACKUP[0], "--shows", "group")
     assert {(p["shown"], p["consistency"]) for p in made["placeholders"]} == {("group", "crash")}
     assert {p["at"] for p in made["placeholders"]} == {mark["created_at"]}
+
+
+def test_placeholders_of_a_backup_show_what_was_quiesced(vc: Vsphere) -> None:
+    vc.offload.ok("store", "init", "main")
+    vc.site.write("vm01", b"kept!!")
+    backup = vc.offload.ask("backup", "quiesced", "--store", "main")["id"]
+    vc.site.write("vm01", b"later!")
+    made = vc.offload.ask("mount", f"backup:{backup}", "--placeholder", "--host", BACKUP[0])
+    shown = {(p["shown"], p["consistency"]) for p in made["placeholders"]}
+    assert shown == {("vm", "filesystem")}
+    assert vc.site.read(vc.site.placeholders()["backup-vm01"], 6) == b"kept!!"
+
+
+def test_placeholders_stand_on_while_their_views_are_served_again(vc: Vsphere) -> None:
+    made = vc.offload.ask("mount", "by-lun", "--placeholder", "--host", BACKUP[0])
+    (uri,) = {view["uri"] for view in made["views"]}
+    with vc.offload.context() as ctx:  # what a reboot does
+        for view in ctx.catalog.views():
+            target = compose.target(view.target, ctx.instance)
+            target.withdraw(ctx.instance.views_dir / view.id, view.server)
+    done = vc.offload.run("--json", "placeholder", "check")
+    assert "is not served" in done.stdout
+    assert [view["uri"] for view in vc.offload.ask("recover")["remounted"]] == [uri]
+    assert vc.offload.ask("placeholder", "check")["findings"] == []
+    assert len(vc.site.placeholders()) == len(made["placeholders"])
 
 
 def test_islands_of_two_groups_and_two_hosts_stand_at_once(vc: Vsphere) -> None:

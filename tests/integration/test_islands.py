@@ -29,7 +29,15 @@ from offload.inventory import Inventory, InventoryChange, InventoryVm
 from offload.island import IslandState, Placeholder, Shown
 from offload.machine import DiskKind, Machine, MachineDisk
 from offload.model import Consistency, Exposure, View
-from offload.services import director, island, island_away, placeholders, recover, status
+from offload.services import (
+    director,
+    island,
+    island_away,
+    migrate,
+    placeholders,
+    recover,
+    status,
+)
 from offload.services import mount as mounts
 from offload.services.context import Context, open_context
 from offload.services.island_record import IslandOptions
@@ -336,6 +344,8 @@ def test_views_of_an_island_are_not_unmounted_alone(ctx: Context) -> None:
             mounts.unmount(ctx, names, all_views=not names, force=True)
         assert refused.value.code == "view-in-island"
         assert refused.value.hint.endswith("offload unmount shop-island")
+    with pytest.raises(BusyError, match="is a disk of placeholders"):
+        migrate.migrate(ctx, made.views[0].name, str(ctx.instance.state_dir / "home.raw"))
     assert served(ctx) == [True, True]
 
 
@@ -454,6 +464,19 @@ def test_vm_of_another_kind_of_hypervisor_is_refused(ctx: Context) -> None:
     with pytest.raises(UsageError) as refused:
         island.mount(ctx, f"timemark:{mark.id}")
     assert refused.value.code == "wrong-host"
+
+
+def test_two_vms_of_one_name_are_refused_and_stand_one_by_one(ctx: Context) -> None:
+    mark = director.create(ctx, "shop")
+    ctx.catalog.delete_timemark(mark.id)
+    twins = tuple(replace(machine, name="twin") for machine in mark.machines)
+    ctx.catalog.add_timemark(replace(mark, machines=twins))
+    with pytest.raises(UsageError) as refused:
+        island.mount(ctx, f"timemark:{mark.id}")
+    assert refused.value.code == "same-names"
+    assert "id-db, id-web" in refused.value.hint
+    made = island.mount(ctx, f"timemark:{mark.id}", IslandOptions(vms=("id-web",)))
+    assert [p.production for p in made.island.placeholders] == ["id-web"]
 
 
 def test_settings_that_cannot_be_had_are_a_warning_for_a_timemark_and_an_error_for_an_island(

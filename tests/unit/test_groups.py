@@ -286,6 +286,14 @@ def test_vm_with_an_entry_is_quiesced_as_that_says() -> None:
     assert groups.entry_of(made, "vc", WEB) == "front"
 
 
+def test_vms_of_one_name_are_quiesced_each() -> None:
+    twins = [vm("web", id=f"vm-{n}", instance_uuid=f"5001-{n}") for n in (1, 2)]
+    made = config({"tags": ["t:x"]})
+    found = groups.choose(made, "shop", inventory(*(replace(v, tags=("t:x",)) for v in twins)))
+    wanted = groups.to_quiesce(made, found, Consistency.FILESYSTEM)
+    assert sorted(wanted) == ["web (vm-1)", "web (vm-2)"]
+
+
 def test_libvirt_vms_are_frozen_by_their_uuid() -> None:
     made = config(
         {"hypervisor": "kvm", "vms": ["web"]},
