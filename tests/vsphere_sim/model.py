@@ -65,6 +65,7 @@ class Model:
         self.weather = Weather()
         self.calls: list[str] = []
         self.record: list[Recorded] = []
+        self.on_call: Callable[[Recorded], None] = lambda _call: None
         self.changed = threading.Condition(threading.RLock())
         self.objects: dict[str, Managed] = {}
         self.generation = 0  # how often an object came or went
@@ -221,6 +222,7 @@ class Model:
                     arguments=arguments,
                 )
             )
+            self.on_call(self.record[-1])
 
     def storm(self, method: str) -> None:
         """Fail, where that is wanted."""

@@ -143,19 +143,16 @@ class Site:
         """What a host still has of islands, in words: nothing after an unmount."""
         found = self.model.hosts.all[host]
         known = found.managed.properties
+        stores = [self.model.datastores.of(self.model.of(ref)) for ref in known["datastore"]]
         left = {
             "static targets": [target.iScsiName for target in found.targets],
             "LUNs": sorted(found.disks),
             "detached LUNs": sorted(found.detached),
             "unmounted volumes": sorted(found.unmounted),
-            "datastores": [self._name(ref) for ref in known["datastore"]],
+            "datastores": [store.name for store in stores if store.real],
             "VMs": sorted(self.placeholders(host)),
         }  # fmt: skip
         return [f"{what}: {items}" for what, items in left.items() if items]
-
-    def _name(self, ref: Any) -> str:
-        name: str = self.model.objects[ref._moId].properties["name"]
-        return name
 
 
 def _table(name: str, values: dict[str, Any]) -> str:
