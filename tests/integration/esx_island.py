@@ -4,10 +4,9 @@ driver alone: no catalog, no journal."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from offload.hypervisors.vsphere.backup_host import VsphereBackupHost
 from offload.instance import Instance
 from offload.island import Placeholder, Shown
 from offload.machine import DiskKind, Machine, MachineDisk
-from offload.model import HomeSource, View, ViewId
+from offload.model import HomeSource, RawSource, View, ViewId
 from offload.target import ExportRequest
 from offload.testing.instances import free_port, make_instance
 from targets.tgt import TgtTarget
@@ -169,6 +168,19 @@ class IslandSite:
 
     # -- views -----------------------------------------------------------------------------------
 
+    def read_only_view(self, volume: str) -> IslandView:
+        """One that takes no resignature."""
+        made = self.view(volume)
+        request = replace(
+            self.views[made.view.id],
+            source=RawSource(
+                path=self.folder / f"{made.view.id}.raw", size_bytes=made.view.size_bytes
+            ),
+        )
+        self.target.withdraw(request.run_dir, made.view.server)
+        endpoint = self.target.export(request)
+        return replace(made, view=replace(made.view, server=endpoint.server))
+
     def view(self, volume: str, view_id: str = "", host: str = "backup1") -> IslandView:
         """A writable view of a copy of a LUN, as of now."""
         view_id = view_id or f"v{len(self.views) + 1}"
@@ -228,7 +240,7 @@ class IslandSite:
             views=tuple(views),
             machines=tuple(self.machine(name) for name in names or self.vms),
         )
-        return dataclasses.replace(made, **more)
+        return replace(made, **more)
 
     def build(
         self, request: IslandRequest, host: str = "backup1"

@@ -89,8 +89,8 @@ class Attaching:
         return wait_for_datastores(vsphere, self.host, self.record, uuids, self.timeout_s)
 
     def moves(self) -> dict[str, str]:
-        """By UUID and label in production, the UUID of the copy."""
+        """By UUID and label in production, the UUID of the copy; by that, itself."""
         found = {}
         for copy in self.copies:
-            found[copy.origin] = found[copy.label] = copy.uuid
+            found[copy.origin] = found[copy.label] = found[copy.uuid] = copy.uuid
         return found

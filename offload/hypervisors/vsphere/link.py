@@ -14,7 +14,7 @@ from offload.vsphere import Vsphere
 T = TypeVar("T")
 
 _LOST = ("vsphere-session", "vsphere-unavailable")
-_FIRST_PAUSE_S = 0.2
+_FIRST_PAUSE_S = 0.05
 _LAST_PAUSE_S = 5.0
 
 
