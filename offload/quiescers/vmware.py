@@ -186,9 +186,11 @@ class VmwarePart:
             f"{self._image_at:%Y-%m-%dT%H:%M:%S.%fZ}: VM snapshot {self.snapshot_name}"
         )
         if outside:
-            self._notes.append(
+            named = ", ".join(f"{d.deviceInfo.label} ({_why_outside(d)})" for d in outside)
+            self._notes.insert(  # before all else: it is why the VM reached no more
+                0,
                 "outside of VM snapshots, so not quiesced, and as a power cut leaves them: "
-                + ", ".join(f"{d.deviceInfo.label} ({_why_outside(d)})" for d in outside)
+                + named,
             )
             return Consistency.CRASH
         return _reached(self._seen)

@@ -402,10 +402,12 @@ def _level_of(volume: str, alone: Consistency, reports: Sequence[QuiesceReport])
 
 
 def _why(report: QuiesceReport) -> str:
-    """What went wrong in it; empty if nothing did."""
+    """What went wrong in it; of what was held and is as a power cut leaves it, the first that it
+    said; else empty."""
     bad = [f"{p.name}: {p.detail}" for p in report.parts if not (p.ok and p.unbroken)]
     if report.frozen and not bad:
-        return ""
+        weak = report.consistency is Consistency.CRASH and report.detail
+        return f"{report.name}: {report.detail.splitlines()[0]}" if weak else ""
     return "; ".join(bad) or f"{report.name}: {report.detail}"
 
 
