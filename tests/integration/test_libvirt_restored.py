@@ -20,18 +20,20 @@ import libvirt
 import libvirt_qemu
 import pytest
 
-from offload import compose
+from offload import compose, run
 from offload.errors import BusyError, CleanupError, ConfigError, OffloadError
 from offload.hypervisor import BackupHost
 from offload.hypervisors.libvirt import abilities, domain_xml
 from offload.machine import Machine, pack_file
-from offload.services import director, machines
+from offload.services import director, island, island_away, machines
 from offload.services import mount as mounts
 from offload.services.context import Context, open_context
+from offload.services.island_record import IslandOptions
 from offload.services.mount import MountOptions
 from offload.testing import agent_disk
 from offload.testing.instances import free_port
 from offload.testing.libvirt_host import LibvirtHost
+from offload.testing.production_images import ext4_faults
 
 pytestmark = [pytest.mark.needs_root]
 
@@ -53,6 +55,11 @@ path = "{folder}/system.raw"
 volumes = ["system"]
 atomic = "record"
 
+[groups.gold]
+hypervisor = "kvm"
+tags = ["gold"]
+consistency = "filesystem"
+
 [hypervisors.kvm]
 kind = "libvirt"
 uri = "{uri}"
@@ -71,6 +78,7 @@ DOMAIN = """
 <domain type='qemu'>
   <name>shop</name>
   <uuid>{uuid}</uuid>
+  <metadata><o:tags xmlns:o='{tags}'><o:tag>gold</o:tag></o:tags></metadata>
   <memory unit='MiB'>256</memory><vcpu>1</vcpu>
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
@@ -125,6 +133,7 @@ def world() -> Iterator[World]:
             DOMAIN.format(
                 folder=folder,
                 uuid=UUID,
+                tags=domain_xml.TAGS,
                 mac=MAC,
                 kernel=boot.kernel,
                 initrd=boot.initramfs,
@@ -182,6 +191,12 @@ def agent(domain: Any, command: str) -> Any:
             return json.loads(said)["return"]
 
 
+def needs_recovery(disk: Path) -> bool:
+    """Whether its journal has to be replayed: not where it was frozen."""
+    said = run.run(["dumpe2fs", "-h", str(disk)]).stdout
+    return "needs_recovery" in said
+
+
 # -- what is made ----------------------------------------------------------------------------------
 
 
@@ -210,6 +225,31 @@ def test_clone_boots_from_a_writable_view_and_its_agent_answers(made: World) -> 
     finally:
         mounts.unmount(made.ctx, [view.name], force=True)
     assert hashlib.sha256(made.disk.read_bytes()).hexdigest() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_running_vm_is_frozen_for_its_placeholder(world: World, tmp_path: Path) -> None:
+    """Chosen by its tag, it has no entry in the configuration: its hypervisor asks its agent."""
+    shop = world.connection.lookupByName("shop")
+    shop.create()
+    try:
+        assert agent(shop, "guest-get-osinfo")["pretty-name"] == "a shop"
+        made = island.mount(world.ctx, "gold", IslandOptions(host="island")).island
+        try:
+            (placeholder,) = made.placeholders
+            assert (placeholder.name, placeholder.consistency) == ("backup-shop", "filesystem")
+            (overlay,) = (world.ctx.instance.state_dir / "placeholders").glob("*.qcow2")
+            raw = tmp_path / "raw"
+            run.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(overlay), str(raw)])
+        finally:
+            island_away.unmount_all(world.ctx, [made.name])
+        assert agent(shop, "guest-fsfreeze-status") == "thawed"
+    finally:
+        shop.destroy()
+    assert ext4_faults(raw) == []
+    assert not needs_recovery(raw)
+    assert needs_recovery(world.disk)  # as a power cut leaves it
 
 
 def test_vm_beside_the_original_gets_another_identity(made: World) -> None:
@@ -291,7 +331,7 @@ def test_vm_on_another_machine_has_its_firmware_variables_by_a_storage_pool(
 SCRIPT = """
 import os, pickle, signal, sys
 from pathlib import Path
-from offload import compose
+from offload import compose, run
 from offload.services.context import open_context
 def step(name):
     if name == sys.argv[3]:
