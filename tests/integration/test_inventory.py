@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,15 @@ def _with(context: Context, config: Any) -> Context:
     from dataclasses import replace
 
     return replace(context, instance=replace(context.instance, config=config))
+
+
+def test_page_has_commands_that_work(offload: Offload) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "inventory.md").read_text()
+    lines = re.findall(r"^offload (inventory .*)$", page, re.MULTILINE)
+    ended = [line.split() for line in lines if "--follow" not in line]
+    assert len(ended) == len(lines) - 1
+    for words in ended:
+        assert offload(*words)
 
 
 # -- following -------------------------------------------------------------------------------------
