@@ -471,6 +471,31 @@ def test_libvirt_timemark_of_a_running_domain_is_clean(
     offload("timemark", "delete", made["id"], "--yes")
 
 
+def test_libvirt_timemark_of_a_chosen_domain_needs_no_entry(
+    guest: LibvirtGuest, offload: Callable[..., run.Completed], folder: Path
+) -> None:
+    config = folder / "offload.toml"
+    head, _, rest = config.read_text().partition("[vms.shop]")
+    named, chosen = (
+        'volumes = ["one", "two"]\nconsis',
+        f'hypervisor = "kvm"\nvms = ["{UUID}"]\nconsis',
+    )
+    assert named in head
+    config.write_text(head.replace(named, chosen) + rest[rest.index("[hypervisors") :])
+    guest.shell(f"echo synced > {ONE}/f; sync {ONE}/f; echo lazy > {TWO}/g")
+    made = json.loads(offload("--json", "timemark", "create", "shop").stdout)
+    assert (made["consistency"], made["instant"]) == ("filesystem", "held")
+    assert [snapshot["volume"] for snapshot in made["snapshots"]] == ["one", "two"]
+    assert [(r["vm"], r["kind"], r["frozen"]) for r in made["reports"]] == [
+        ("shop", "libvirt", True)
+    ]
+    assert [machine["name"] for machine in made["machines"]] == ["shop"]
+    for snapshot in made["snapshots"]:
+        assert run.run(["e2fsck", "-fn", snapshot["ref"]["path"]], check=False).status == 0
+    offload("timemark", "delete", made["id"], "--yes")
+    assert thawed(guest)
+
+
 def test_libvirt_timemark_killed_while_frozen_thaws(
     guest: LibvirtGuest, offload: Callable[..., run.Completed]
 ) -> None:
