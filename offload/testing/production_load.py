@@ -41,7 +41,7 @@ TABLES = (
 UPDATE = "UPDATE account SET balance = balance + %s WHERE id = %s"
 INSERT = "INSERT INTO ledger VALUES (%s, %s)"
 _ANSWER_S = 180.0  # of a guest in emulation, on a busy machine
-_CONNECT_S = 20
+_CONNECT_S = 60
 _STRIDE = 7919  # a prime: accounts in no order
 
 Commit = Callable[[int], object]

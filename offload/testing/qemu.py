@@ -15,7 +15,7 @@ from offload.errors import UnavailableError
 from offload.procs import ProcessRef, ref_of
 from offload.qmp import Qmp, QmpGoneError
 
-_START_S = 20.0
+_START_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,7 +132,7 @@ class ScriptedAgent:
                 with contextlib.suppress(OSError):  # not connected any more
                     end.shutdown(sockets.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=60)
 
 
 @contextmanager

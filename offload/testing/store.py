@@ -252,11 +252,11 @@ class ExclusiveStoreContract(StoreContract):
         def holder() -> None:
             with _lockable(store).lock(exclusive=True):
                 entered.set()
-                release.wait(10)
+                release.wait(60)
 
         thread = threading.Thread(target=holder)
         thread.start()
-        entered.wait(10)
+        entered.wait(60)
         began = time.monotonic()
         with pytest.raises(BusyError), _lockable(store).lock(exclusive=False, wait_s=0.2):
             pass

@@ -508,7 +508,7 @@ def _kill(view: View) -> None:
     ref = procs.ProcessRef.from_strings(dict(view.server))
     assert ref is not None
     os.kill(ref.pid, signal.SIGKILL)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while ref.alive():
         assert time.monotonic() < until
         time.sleep(0.005)

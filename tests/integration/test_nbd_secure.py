@@ -813,7 +813,7 @@ def test_server_that_would_serve_without_tls_is_not_taken_for_ours(
 
 
 def _asked(path: Path, tls: Any) -> handshake.Export:
-    return handshake.ask(str(path), tls=tls, timeout_s=5)
+    return handshake.ask(str(path), tls=tls, timeout_s=60)
 
 
 def test_server_that_refuses_our_tls_is_ended_and_its_words_are_told(
@@ -1038,7 +1038,7 @@ def own_address(client: Any) -> str:
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)

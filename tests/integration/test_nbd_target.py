@@ -495,7 +495,7 @@ def test_handshake_with_another_protocol_is_refused() -> None:
         greeter = threading.Thread(target=greet)
         greeter.start()
         with pytest.raises(UnavailableError, match="no NBD server"):
-            handshake.ask(server.getsockname(), timeout_s=5)
+            handshake.ask(server.getsockname(), timeout_s=60)
         greeter.join()
 
 
@@ -523,7 +523,7 @@ def test_fifty_views_of_one_volume_at_once_all_read(
 
 
 def _wait(condition: Any) -> None:
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)

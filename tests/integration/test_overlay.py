@@ -147,7 +147,7 @@ def _kill_all(folder: Path) -> None:
 
 
 def _wait(condition: Any) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)

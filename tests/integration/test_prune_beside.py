@@ -338,9 +338,9 @@ def test_store_that_cannot_be_written_to_is_read_without_a_pin_and_not_written(
 ) -> None:
     newest = site.ctx.catalog.backups(store="main")[-1].id
     folder = str(site.folder / "store")
-    run.run(["mount", "--bind", folder, folder], timeout_s=20)
+    run.run(["mount", "--bind", folder, folder], timeout_s=60)
     try:
-        run.run(["mount", "-o", "remount,bind,ro", folder], timeout_s=20)
+        run.run(["mount", "-o", "remount,bind,ro", folder], timeout_s=60)
         image = site.open_image(newest)
         assert image.pread(0, SIZE) == site.taken[newest]
         image.close()
@@ -350,7 +350,7 @@ def test_store_that_cannot_be_written_to_is_read_without_a_pin_and_not_written(
                 write()
             assert caught.value.code == "store-read-only"
     finally:
-        run.run(["umount", folder], timeout_s=20)
+        run.run(["umount", folder], timeout_s=60)
     assert site.ctx.journal.leftovers() == []
     site.check()
 

@@ -140,7 +140,7 @@ def _kill_server(ctx: Context) -> None:
     refs = _server(ctx).find()
     for ref in refs:
         os.kill(ref.pid, signal.SIGKILL)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while any(ref.alive() for ref in refs):
         assert time.monotonic() < until
         time.sleep(0.005)

@@ -162,7 +162,7 @@ def _kill(endpoint: Endpoint) -> None:
 
 def _refused(uri: str, login: Login) -> bool:
     try:
-        Initiator(uri, login, timeout_s=10).close()
+        Initiator(uri, login, timeout_s=60).close()
     except ScsiError:
         return True
     return False
@@ -574,7 +574,7 @@ def test_withdraw_what_is_behind_hangs_ends_it(site: Site, monkeypatch: pytest.M
     reading.start()
     _wait(lambda: _in_flight(int(made.server["pid"])))
     site.withdraw()
-    reading.join(10)
+    reading.join(60)
     assert not reading.is_alive()
     assert procs.ref_of(below) is None
     with Initiator(other.uri) as neighbour:

@@ -382,6 +382,6 @@ def test_watch_tells_changes_as_they_come_and_ends_with_0_at_sigterm(
         want_free(config, 0)
         assert json.loads(process.stdout.readline())["event"] == "cleared"
         process.terminate()
-        rest, _ = process.communicate(timeout=20)
+        rest, _ = process.communicate(timeout=60)
     assert (process.returncode, rest) == (0, "")
     assert [status.alive for status in mounts.views(ctx)] == [True]

@@ -68,8 +68,8 @@ def test_run_binary_input_and_output_are_intact(guest: Guest) -> None:
 
 
 def test_run_without_input_reads_its_end_at_once(guest: Guest) -> None:
-    assert guest.run(["cat"], timeout_s=20).stdout == b""
-    assert guest.run(["cat"], timeout_s=20, stdin=b"").stdout == b""
+    assert guest.run(["cat"], timeout_s=60).stdout == b""
+    assert guest.run(["cat"], timeout_s=60, stdin=b"").stdout == b""
 
 
 def test_run_input_that_nobody_reads_does_no_harm(guest: Guest) -> None:
@@ -161,7 +161,7 @@ def test_modprobe_unknown_module_is_an_error_that_names_it(guest: Guest) -> None
 def test_guest_reaps_orphans(guest: Guest) -> None:
     guest.shell("(sleep 0.01 &)")
     script = "while ps -eo stat= | grep -q ^Z; do sleep 0.02; done"
-    guest.shell(script, timeout_s=20)
+    guest.shell(script, timeout_s=60)
 
 
 # -- ports and the cable -------------------------------------------------------------------------

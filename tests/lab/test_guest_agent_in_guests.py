@@ -167,7 +167,7 @@ def test_agent_freeze_blocks_the_writer_on_both_file_systems_until_the_thaw(
 def test_agent_freeze_of_listed_mounts_leaves_the_others(site: Site, make: Make) -> None:
     part = make("/mnt/b")
     part.freeze(soon())
-    site.guest.shell("echo x >/mnt/a/free; sync -f /mnt/a/free", timeout_s=20)
+    site.guest.shell("echo x >/mnt/a/free; sync -f /mnt/a/free", timeout_s=60)
     assert not site.writes()
     assert part.still_frozen()
     part.thaw()

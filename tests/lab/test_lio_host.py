@@ -182,7 +182,7 @@ def test_initiators_are_shown_by_name_and_address(proxy: Proxy, uri: str) -> Non
 
 def test_cable_pulled_and_back_leaves_a_view_that_serves(proxy: Proxy, uri: str) -> None:
     """The session of before is dead to its initiator; a new one works. It hinders nobody."""
-    client = Initiator(uri, login, timeout_s=3)
+    client = Initiator(uri, login, timeout_s=8)
     assert client.pread(4096, 0) == proxy.content[:4096]
     proxy.guest.network(up=False)
     with pytest.raises(ScsiError):

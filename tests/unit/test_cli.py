@@ -454,7 +454,7 @@ def test_signal_rolls_back_and_gives_its_code(number: int, code: int) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "rolled back\n")
     assert "Traceback" not in err
 

@@ -24,7 +24,7 @@ def _start(argv: list[str], log: Path) -> int:
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)

@@ -59,7 +59,7 @@ def answering(tmp_path: Path) -> Iterator[Answering]:
 
         yield start
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
 
 
 def _reply(text: str = "", *, error: int = 0, length: int | None = None) -> bytes:
