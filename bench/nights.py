@@ -31,6 +31,7 @@ from offload.format import layout
 from offload.format.layout import encode_parameters, new_parameters
 from offload.images.file import FileImage
 from offload.model import RawSource
+from offload.store import Buffer
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
 
@@ -157,7 +158,7 @@ class Offload:
         image = StoredImage(self.repository, self.roots[night], self.disk.size, 512)
         length = window_bytes(self.shape.chunk_bytes)
 
-        def put(_offset: int, _content: bytes | bytearray) -> None:
+        def put(_offset: int, _content: Buffer) -> None:
             """It was read: where it goes is not what is measured."""
 
         began = time.perf_counter()

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
+from typing import NamedTuple
 
 from offload.errors import NotFoundError, UnavailableError
 from offload.filelock import alone
@@ -44,9 +44,12 @@ _ATTEMPTS = 20  # index objects that a prune merges while they are listed
 
 # One statement: between two, another process may have made the cache anew.
 _SELECT = (
-    "SELECT c.id, p.name, c.offset, c.stored, c.raw, c.kind, c.encoding "
+    "SELECT c.id, c.kind, c.encoding, c.raw, c.stored, c.offset, p.name "
     "FROM chunk c JOIN pack p ON p.number = c.pack"
 )
+
+
+_Row = tuple[bytes, int, int, int, int, int, str]  # as _SELECT gives them
 
 
 _RELIABLE = (
@@ -57,8 +60,7 @@ _RELIABLE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """A chunk and where it is."""
 
     pack: str
@@ -222,22 +224,26 @@ class ChunkIndex:
         """All places of a chunk, best first."""
         with self._use():
             rows = self._db.execute(f"{_SELECT} WHERE c.id = ?", (ident,)).fetchall()
-        return [_location(row) for row in sorted(rows, key=lambda row: self._rank(row[1], row[2]))]
+        return [_location(row) for row in sorted(rows, key=self._rank_of_row)]
 
     def _rank(self, pack: str, offset: int) -> tuple[bool, bool]:
         """Smaller is better: what is known to be bad comes last."""
         return self.bad(pack, offset), pack in self.avoid
 
-    def find_many(self, ids: Sequence[bytes]) -> dict[bytes, Location]:
+    def _rank_of_row(self, row: _Row) -> tuple[bool, bool]:
+        return self._rank(row[6], row[5])
+
+    def find_many(self, ids: Iterable[bytes]) -> dict[bytes, Location]:
         """The best places of all that are known."""
         found: dict[bytes, Location] = {}
+        wanted = sorted(ids)  # as they lie in the table
         with self._use():
-            for at in range(0, len(ids), _SQL_MANY):
-                part = ids[at : at + _SQL_MANY]
+            for at in range(0, len(wanted), _SQL_MANY):
+                part = wanted[at : at + _SQL_MANY]
                 marks = ",".join("?" * len(part))
                 for row in self._db.execute(f"{_SELECT} WHERE c.id IN ({marks})", part):
                     known = found.get(row[0])
-                    if known is None or self._rank(row[1], row[2]) < self._rank(
+                    if known is None or self._rank_of_row(row) < self._rank(
                         known.pack, known.entry.offset
                     ):
                         found[row[0]] = _location(row)
@@ -332,6 +338,5 @@ def _none_is(_pack: str, _offset: int) -> bool:
     return False
 
 
-def _location(row: tuple[bytes, str, int, int, int, int, int]) -> Location:
-    ident, pack, offset, stored, raw, kind, encoding = row
-    return Location(pack, Entry(ident, kind, encoding, raw, stored, offset))
+def _location(row: _Row) -> Location:
+    return Location(row[6], Entry._make(row[:6]))

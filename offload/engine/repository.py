@@ -306,7 +306,8 @@ class Repository:
 
     def decode(self, entry: Entry, stored: Buffer, pack: str) -> bytes:
         """Decrypt and decompress a payload and check it. IntegrityError (`chunk-damaged`)."""
-        return self.decompress(entry, self.payload(entry, stored, pack), pack)
+        payload = self.payload(entry, stored, pack) if self.keys.encrypted else stored
+        return self.decompress(entry, payload, pack)
 
     def decompress(self, entry: Entry, payload: Buffer, pack: str) -> bytes:
         """Decompress a payload and check it against its id. IntegrityError (`chunk-damaged`)."""
@@ -318,6 +319,37 @@ class Repository:
         ):
             raise _damaged(entry, pack)
         return raw
+
+    def decode_into(self, entry: Entry, stored: Buffer, pack: str, out: memoryview) -> None:
+        """The same as `decode`, into memory of the chunk's length. IntegrityError
+        (`chunk-damaged`): then it holds anything."""
+        payload = self.payload(entry, stored, pack)
+        whole = len(payload) if entry.encoding == Encoding.RAW else entry.raw_length
+        if (
+            not whole == entry.raw_length == len(out)
+            or not self._fill(entry, payload, out)
+            or chunk_id(entry.kind, out, self.keys) != entry.id
+        ):
+            raise _damaged(entry, pack)
+
+    def _fill(self, entry: Entry, payload: Buffer, out: memoryview) -> bool:
+        if entry.encoding == Encoding.RAW:
+            out[:] = payload
+            return True
+        decoder = self._decoder()
+        try:
+            if zstandard.frame_content_size(payload) != len(out):
+                return False
+            with decoder.stream_reader(payload) as content:
+                return content.readinto(out) == len(out)
+        except zstandard.ZstdError:
+            return False
+        finally:
+            self._decoders.append(decoder)
+
+    def _decoder(self) -> zstandard.ZstdDecompressor:
+        # A pool instead of thread locals: nbdkit's threads get a new Python state at every call.
+        return self._decoders.pop() if self._decoders else zstandard.ZstdDecompressor()
 
     def _unzstd(self, entry: Entry, stored: Buffer) -> bytes | None:
         # A pool instead of thread locals: nbdkit's threads get a new Python state at every call.

@@ -31,28 +31,30 @@ def encode_delta(ranges: Ranges, chunk: bytes | bytearray | memoryview) -> bytes
     return b"".join(parts)
 
 
-def delta_ranges(delta: bytes, chunk_length: int) -> Ranges:
+def delta_ranges(delta: bytes | memoryview, chunk_length: int) -> Ranges:
     """The ranges of the chunk that a delta replaces. IntegrityError (`bad-delta`)."""
     size = bitmap_bytes(chunk_length)
     bits = int.from_bytes(delta[:size], "little")
     if len(delta) < size or bits >> -(-chunk_length // SECTOR):
         raise IntegrityError("a sector delta does not fit its chunk", code="bad-delta")
     out: Ranges = []
-    at = 0
+    at, rest = 0, len(delta) - size
     while bits:
         skip = (bits & -bits).bit_length() - 1
         bits >>= skip
         run = (~bits & (bits + 1)).bit_length() - 1
         bits >>= run
-        start = at + skip
-        out.append((start * SECTOR, min((start + run) * SECTOR, chunk_length)))
-        at = start + run
-    if size + sum(end - start for start, end in out) != len(delta):
+        start = (at + skip) * SECTOR
+        at += skip + run
+        end = min(at * SECTOR, chunk_length)
+        out.append((start, end))
+        rest -= end - start
+    if rest:
         raise IntegrityError("a sector delta has another length than its map", code="bad-delta")
     return out
 
 
-def apply_delta(delta: bytes, chunk: bytearray | memoryview) -> None:
+def apply_delta(delta: bytes | memoryview, chunk: bytearray | memoryview) -> None:
     """Write a delta's sectors into the chunk."""
     at = bitmap_bytes(len(chunk))
     for start, end in delta_ranges(delta, len(chunk)):

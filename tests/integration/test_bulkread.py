@@ -21,6 +21,7 @@ from offload.errors import IntegrityError
 from offload.extents import align, data_ranges, normalize, union
 from offload.format import layout
 from offload.format.layout import encode_parameters, new_parameters
+from offload.store import Buffer
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
 from offload.testing.images import MemoryImage
@@ -39,6 +40,10 @@ class CountingStore(DiskStore):
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         self.requests += name.startswith(layout.PACKS)
         return super().get_range(name, offset, length)
+
+    def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        self.requests += name.startswith(layout.PACKS)
+        super().get_into(name, offset, buffer)
 
 
 @pytest.fixture
@@ -96,10 +101,10 @@ def read_all(image: StoredImage) -> bytearray:
     return out
 
 
-def into(out: bytearray) -> Callable[[int, bytes | bytearray], None]:
+def into(out: bytearray) -> Callable[[int, Buffer], None]:
     """Puts what is read into its place, which must be empty."""
 
-    def put(offset: int, content: bytes | bytearray) -> None:
+    def put(offset: int, content: Buffer) -> None:
         assert not any(out[offset : offset + len(content)])
         out[offset : offset + len(content)] = content
 

@@ -293,7 +293,7 @@ def test_records_that_change_places_are_noticed(vault: Vault) -> None:
     raw = bytearray(vault.path(name).read_bytes())
     entries = repository.pack_entries(name)
     cipher = repository.cipher(name)
-    moved = replace(entries[0], offset=entries[1].offset)
+    moved = entries[0]._replace(offset=entries[1].offset)
     stored = raw[entries[0].payload_offset : entries[0].end]
     assert cipher.decrypt(entries[0], stored) is not None
     assert cipher.decrypt(moved, stored) is None

@@ -152,7 +152,7 @@ def test_restore_from_s3_asks_once_for_many_chunks(site: Site) -> None:
     reader = BulkReader(image)
     got = bytearray(SIZE)
 
-    def put(offset: int, content: bytes | bytearray) -> None:
+    def put(offset: int, content: bytes | bytearray | memoryview) -> None:
         got[offset : offset + len(content)] = content
 
     try:

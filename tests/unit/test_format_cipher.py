@@ -69,7 +69,7 @@ def test_encrypted_payload_opens_and_shows_nothing() -> None:
 )
 def test_encrypted_payload_as_another_record_does_not_open(change: dict[str, Any]) -> None:
     entry = _entry()
-    wrong = replace(entry, **change)
+    wrong = entry._replace(**change)
     assert PackCipher(_NAME, _HEAD, _KEYS).decrypt(wrong, _stored(entry)) is None
 
 
