@@ -1,4 +1,5 @@
-"""Whether each VM of the configuration can be held: its freezer and its applications answer."""
+"""Whether each VM of the configuration can be held: its freezer and its applications answer; and
+whether placeholders can stand on each backup host."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class _Question:
 
 
 def look_at_vms(config: Config, config_path: Path | None) -> list[Check]:
-    """All of them, at the same time. Nothing is held or changed."""
+    """All of them, and all backup hosts, at the same time. Nothing is held or changed."""
     instance = Instance(
         config=config,
         config_path=config_path,
@@ -59,7 +60,30 @@ def look_at_vms(config: Config, config_path: Path | None) -> list[Check]:
     )
     questions = [q for name, vm in config.vms.items() for q in _questions(name, vm, instance)]
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as crew:
-        return list(crew.map(_Question.ask, questions))
+        vms = crew.map(_Question.ask, questions)
+        hosts = crew.map(lambda name: _look_at_host(name, instance), config.backup_hosts)
+        return [*vms, *hosts]
+
+
+def _look_at_host(name: str, instance: Instance) -> Check:
+    """`check` of the backup host, as a mount would do it: also privileges that are missing."""
+    what = f"backup host {name}"
+    try:
+        host = compose.backup_host(name, instance)
+        warnings = host.check()
+        target, exposure, _ = host.export()
+    except OffloadError as error:
+        return Check(
+            name=what, status=Status.MISSING, detail=error.message, fix=error.hint, required=False
+        )
+    views = f"{host.kind}, views by {target}"
+    who = f" for {', '.join(exposure.initiators)}" if exposure.initiators else ""
+    return Check(
+        name=what,
+        status=Status.OK,
+        detail="; ".join((f"{views}{who}", *warnings)),
+        required=False,
+    )
 
 
 def _questions(name: str, vm: VmConfig, instance: Instance) -> Iterator[_Question]:

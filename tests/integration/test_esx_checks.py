@@ -24,6 +24,8 @@ from offload.errors import (
 )
 from offload.hypervisors.vsphere.preflight import ON_DATACENTER, ON_FOLDER, ON_HOST, ON_POOL
 from offload.machine import DiskKind, Machine, MachineDisk
+from offload.services.doctor import Status
+from offload.services.doctor_vms import look_at_vms
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -157,6 +159,23 @@ def test_check_of_a_free_esxi_says_that_its_api_is_read_only(shared: IslandSite)
         assert "is a free ESXi: its API is read-only" in caught.value.message
     finally:
         content.about.apiType = "VirtualCenter"
+
+
+def test_doctor_says_what_a_backup_host_lacks(shared: IslandSite) -> None:
+    config = shared.instance.config
+    checks = {c.name: c for c in look_at_vms(config, None)}
+    good = checks["backup host backup1"]
+    assert good.status is Status.OK
+    assert shared.model.hosts.all["backup1"].iqn in good.detail
+    shared.model.privileges.deny("Host.Config.Storage")
+    try:
+        checks = {c.name: c for c in look_at_vms(config, None)}
+    finally:
+        shared.model.privileges.grant("Host.Config.Storage")
+    bad = checks["backup host backup2"]
+    assert bad.status is Status.MISSING
+    assert "Host.Config.Storage on host backup2" in bad.detail
+    assert bad.fix
 
 
 def test_check_of_a_host_in_a_cluster_warns(shared: IslandSite) -> None:
