@@ -13,6 +13,7 @@ from bench import (
     fleet,
     instant,
     inventory,
+    island,
     latency,
     mounts,
     nights,
@@ -31,10 +32,10 @@ from bench.report import Table, update_page, write_page
 PARTS = (
     "stages", "full", "restore", "verify", "reading", "incremental", "nights", "scale", "start",
     "many", "targets", "luns", "first", "instant", "freeze", "fleet", "latency",
-    "inventory", "vm-snapshots",
+    "inventory", "vm-snapshots", "island",
 )  # fmt: skip
 
-_WITHOUT_GROUND = {"inventory", "vm-snapshots"}
+_WITHOUT_GROUND = {"inventory", "vm-snapshots", "island"}
 
 
 def main() -> int:
@@ -111,6 +112,8 @@ def _measure_vsphere(wanted: list[str], rounds: int, show: Callable[..., None]) 
         show("inventory", inventory.measure(rounds))
     if "vm-snapshots" in wanted:
         show("vm-snapshots", vm_snapshots.measure())
+    if "island" in wanted:
+        show("island", island.measure())
 
 
 def _measure_views(
