@@ -103,7 +103,8 @@ class Vsphere:
                 self._service: Any = vim.ServiceInstance("ServiceInstance", self.stub)
                 self.content: Any = self._service.RetrieveContent()
                 sessions: Any = self.content.sessionManager
-                sessions.Login(config.user, password.get_secret_value(), None)
+                entered: Any = sessions.Login(config.user, password.get_secret_value(), None)
+                self._session_key: str = entered.key
         except BaseException:
             self.stub.DropConnections()
             raise
@@ -179,6 +180,13 @@ class Vsphere:
         return self.content.viewManager.CreateContainerView(
             self.content.rootFolder, list(kinds), recursive=True
         )
+
+    def lacking(self, managed: Any, privileges: Sequence[str]) -> list[str]:
+        """Which of these privileges this user has not on an object."""
+        held = self.content.authorizationManager.HasPrivilegeOnEntity(
+            entity=managed, sessionId=self._session_key, privId=list(privileges)
+        )
+        return [name for name, has in zip(privileges, held, strict=True) if not has]
 
     # -- virtual machines ------------------------------------------------------------------------
 

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from offload.configs.hypervisors import VsphereConfig
 from offload.configs.quiesce import VmwareFreeze
-from offload.errors import CleanupError, ConfigError, NotFoundError, OffloadError, UnavailableError
+from offload.errors import (
+    CleanupError,
+    ConfigError,
+    NotFoundError,
+    OffloadError,
+    PrivilegeError,
+    UnavailableError,
+)
 from offload.ids import new_id
 from offload.instance import Instance
 from offload.model import Consistency
@@ -41,6 +48,8 @@ _PROPERTIES = (
     "runtime.consolidationNeeded", "config.uuid", "config.extraConfig", "config.hardware.device",
     "guest.net", "guest.hostName", "guest.guestFamily", "guest.toolsRunningStatus",
 )  # fmt: skip
+
+_PRIVILEGES = ("VirtualMachine.State.CreateSnapshot", "VirtualMachine.State.RemoveSnapshot")
 
 _turns: dict[str, Turns] = {}
 _turns_lock = threading.Lock()
@@ -99,7 +108,19 @@ class VmwarePart:
                 code="tools-not-running",
                 hint="install open-vm-tools (Linux) or VMware Tools (Windows) in the guest",
             )
+        self._check_privileges(vsphere)
         self._look_at_snapshots()
+
+    def _check_privileges(self, vsphere: Vsphere) -> None:
+        """Before anything is held: a snapshot that could not be removed again is none to make."""
+        with vsphere.translated(f"VM {self._entry.vm}"):
+            lacking = vsphere.lacking(self._vm, _PRIVILEGES)
+        if lacking:
+            raise PrivilegeError(
+                f"this user lacks privileges on VM {self._entry.vm}: {', '.join(lacking)}",
+                code="vsphere-privilege",
+                hint="give its role these privileges: docs/howto/inventory.md",
+            )
 
     def _find(self, vsphere: Vsphere) -> Any:
         """By its id where that is known: a search reads the names of all VMs."""

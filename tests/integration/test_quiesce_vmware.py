@@ -357,6 +357,17 @@ def test_vmware_faults_are_told_in_words(
     assert vcenter.model.snapshot_names(shop) == []
 
 
+@pytest.mark.parametrize("privilege", ["CreateSnapshot", "RemoveSnapshot"])
+def test_vmware_without_a_privilege_is_refused_before_anything_is_made(
+    privilege: str, vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    name = f"VirtualMachine.State.{privilege}"
+    vcenter.model.privileges.deny(name, shop)
+    with pytest.raises(PrivilegeError, match=f"on VM shop: {name}$"):
+        make().check()
+    assert "CreateSnapshotEx_Task" not in vcenter.model.calls
+
+
 def test_vmware_vm_that_is_this_machine_is_refused(
     vcenter: Vcenter, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,6 +322,13 @@ def test_tags_that_cannot_be_read_are_a_problem_of_the_inventory(
     assert len(found.vms) == len(PLANS)
 
 
+def test_single_host_has_no_tags_and_is_not_asked_for_them(own: Vcenter, tmp_path: Path) -> None:
+    own.model.inventory.content.about.apiType = "HostAgent"
+    own.model.web._served = []
+    with connect(tmp_path, own.table()) as opened:
+        assert opened.inventory().tags_problem == ""
+
+
 # -- what changes ----------------------------------------------------------------------------------
 
 
