@@ -30,9 +30,7 @@ test: install ## all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	@# a short folder: the paths of unix sockets are limited
-	folder=$$(mktemp -d /tmp/ot-XXXX); trap 'rm -rf "$$folder"' EXIT; \
-	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --basetemp="$$folder/t" --slowest-modules 40
+	./scripts/run-tests $(JOBS)
 
 lab: install ## a shell in the lab guest, where the kernel's own parts run
 	@$(PY) -m offload.testing.lab
