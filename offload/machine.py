@@ -51,6 +51,12 @@ class MachineDisk:
     encrypted: bool = False
     problem: str = ""
 
+    @property
+    def called(self) -> str:
+        """For people: `scsi0:1 (Hard disk 1)`, `vda`."""
+        known = self.label and self.name not in self.label
+        return f"{self.name} ({self.label})" if known else self.name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:

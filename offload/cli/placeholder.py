@@ -112,7 +112,6 @@ def show_island(report: IslandReport) -> None:
             ("island", island.name),
             ("host", island.host),
             ("of", f"{island.origin} of group {island.group}"),
-            *(("warning", warning) for warning in report.warnings),
         ]
     )
     click.echo()
@@ -232,5 +231,10 @@ def _show_check(report: CheckReport) -> None:
         [entry.island, entry.placeholder or entry.vm or "-", entry.what, entry.do]
         for entry in report.findings
     ]
-    said = f"{report.placeholders} placeholders on {report.islands} islands are as production is"
+    number = report.placeholders
+    said = (
+        "no placeholders stand"
+        if not report.islands
+        else f"{number} placeholder{'s are' if number != 1 else ' is'} as production is"
+    )
     table(["island", "placeholder", "what", "what to do"], rows, said)

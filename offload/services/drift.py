@@ -21,10 +21,10 @@ def drift(placeholder: Placeholder, now: InventoryVm | None) -> Iterator[str]:
     now_by_name = {disk.name: disk for disk in now.disks}
     for name, disk in now_by_name.items():
         if name not in then_by_name:
-            yield f"disk {_called(disk)} of {show_size(disk.size_bytes)} was added"
+            yield f"disk {disk.called} of {show_size(disk.size_bytes)} was added"
     for name, disk in then_by_name.items():
         if name not in now_by_name:
-            yield f"disk {_called(disk)} was removed"
+            yield f"disk {disk.called} was removed"
         else:
             yield from _changed(disk, now_by_name[name])
 
@@ -32,17 +32,13 @@ def drift(placeholder: Placeholder, now: InventoryVm | None) -> Iterator[str]:
 def _changed(then: MachineDisk, now: MachineDisk) -> Iterator[str]:
     if then.size_bytes != now.size_bytes:
         yield (
-            f"disk {_called(then)} was {show_size(then.size_bytes)}, "
+            f"disk {then.called} was {show_size(then.size_bytes)}, "
             f"it is {show_size(now.size_bytes)} now"
         )
     if sorted(then.luns) != sorted(now.luns):
         yield (
-            f"disk {_called(then)} was on {', '.join(then.luns) or 'no LUN'}, "
+            f"disk {then.called} was on {', '.join(then.luns) or 'no LUN'}, "
             f"it is on {', '.join(now.luns) or 'no LUN'} now"
         )
     elif not {then.path, *then.chain} & {now.path, *now.chain}:  # snapshots come and go
-        yield f"disk {_called(then)} was {then.path}, it is {now.path} now"
-
-
-def _called(disk: MachineDisk) -> str:
-    return f"{disk.name} ({disk.label})" if disk.label else disk.name
+        yield f"disk {then.called} was {then.path}, it is {now.path} now"

@@ -168,7 +168,7 @@ class Choice:
         found = volumes_of(self.config, disk)
         if found:
             return found
-        what = f"disk {disk.label or disk.name} of VM {vm.name}"
+        what = f"disk {disk.called} of VM {vm.name}"
         if disk.luns:
             known = _by_lun(self.config)
             missing = [lun for lun in disk.luns if lun.lower() not in known]

@@ -17,7 +17,7 @@ nothing of it any more: until then none of its views does, as a LUN that is pull
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -220,7 +220,13 @@ class _Build:
         self.site = site
         self.options = options
         self.progress = progress
-        self.warnings = list(warnings)
+        self.warnings: list[str] = []
+        self._warn(warnings)
+
+    def _warn(self, warnings: Iterable[str]) -> None:
+        for warning in warnings:
+            self.progress.message(warning)
+            self.warnings.append(warning)
 
     def run(
         self,
@@ -236,7 +242,7 @@ class _Build:
         with self.ctx.journal.operation("island", subject) as op, ExitStack() as holds:
             if chosen is not None:
                 mark = views.fresh(self.ctx, op, chosen, machines, self.progress)
-                self.warnings += mark.warnings
+                self.warnings += mark.warnings  # which it has told
                 past = island_point.of_timemark(mark)
             assert past is not None  # noqa: S101 - one of both is given
             if past.origin.startswith(OriginKind.TIMEMARK):
@@ -293,7 +299,7 @@ class _Build:
     ) -> list[tuple[Point, View]]:
         """A view a volume, `ISLAND-VOLUME`."""
         limit = self.site.options.overlay_limit_bytes or 0
-        self.warnings += overlays.warnings(self.ctx, limit * len(found))
+        self._warn(overlays.warnings(self.ctx, limit * len(found)))
         taken = self._taken()
         named = []
         for point in found:

@@ -237,7 +237,7 @@ def test_disk_without_a_lun_says_what_is_possible(kind: DiskKind, store: str, sa
     nas = Datastore(id="d9", name="nas1", kind="NFS")
     error = refused({"vms": ["web"]}, bad, stores=[nas])
     assert error.code == "disk-without-lun"
-    assert f"disk Hard disk 1 of VM web is on {said}" in error.message
+    assert f"disk scsi0:0 (Hard disk 1) of VM web is on {said}" in error.message
     assert "agent in the guest" in error.hint
 
 
