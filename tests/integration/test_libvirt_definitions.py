@@ -16,7 +16,7 @@ from offload.errors import ConfigError, IntegrityError
 from offload.hypervisors.libvirt import domain_xml, translate
 from offload.hypervisors.libvirt.abilities import Abilities, abilities
 from offload.hypervisors.libvirt.domain_xml import Mark
-from offload.hypervisors.libvirt.translate import NewDisk, NewDomain
+from offload.hypervisors.libvirt.new_domain import NewDisk, NewDomain
 from offload.libvirtd import Libvirt
 from offload.testing.libvirt_host import LibvirtHost
 
@@ -40,6 +40,7 @@ RICH = """
   <memory unit='KiB'>131072</memory>
   <memoryBacking><hugepages/></memoryBacking>
   <vcpu placement='static' cpuset='0-1'>2</vcpu>
+  <iothreads>1</iothreads><iothreadids><iothread id='5'/></iothreadids>
   <cputune><vcpupin vcpu='0' cpuset='7'/></cputune>
   <numatune><memory mode='strict' nodeset='1'/></numatune>
   <resource><partition>/machine</partition></resource>
@@ -49,13 +50,15 @@ RICH = """
     <loader readonly='yes' secure='yes' type='pflash'>/usr/share/edk2/ovmf/CODE.fd</loader>
     <nvram template='/usr/share/edk2/ovmf/VARS.fd'>/var/lib/libvirt/qemu/nvram/rich.fd</nvram>
   </os>
-  <features><acpi/><smm state='on'/></features>
-  <cpu mode='host-passthrough' check='none' migratable='on'/>
-  <clock offset='utc'/>
+  <features><acpi/><smm state='on'/><hyperv><relaxed state='on'/></hyperv></features>
+  <cpu mode='host-passthrough' check='none' migratable='on'>
+    <topology sockets='1' cores='2' threads='1'/><feature policy='require' name='vmx'/>
+  </cpu>
+  <clock offset='utc'><timer name='hypervclock' present='yes'/></clock>
   <devices>
     <emulator>/usr/libexec/qemu-kvm</emulator>
     <disk type='block' device='lun'>
-      <driver name='qemu' type='raw' cache='none' io='native' discard='unmap' iothread='1'/>
+      <driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>
       <source dev='/dev/disk/by-id/old'/><target dev='sda' bus='scsi'/>
       <shareable/><iotune><total_iops_sec>9</total_iops_sec></iotune>
       <boot order='1'/><serial>S9</serial>
@@ -68,7 +71,7 @@ RICH = """
       <source protocol='http' name='a.iso'><host name='h' port='80'/></source>
       <target dev='sdb' bus='sata'/><readonly/>
     </disk>
-    <controller type='scsi' index='0' model='virtio-scsi'/>
+    <controller type='scsi' index='0' model='virtio-scsi'><driver iothread='5'/></controller>
     <controller type='usb' index='0' model='qemu-xhci'/>
     <filesystem type='mount'><source dir='/srv'/><target dir='srv'/></filesystem>
     <interface type='bridge'>
@@ -185,6 +188,10 @@ def test_placeholder_of_a_foreign_domain_is_taken(link: Libvirt) -> None:
         {"name": "qemu", "type": "qcow2", "discard": "unmap"}
     ]
     assert domain_xml.nvram_of(root) == "/new/nvram"
+    assert [(cpu.get("mode"), [e.tag for e in cpu]) for cpu in root.findall("cpu")] == [
+        ("maximum", ["topology"])
+    ]
+    assert root.find("features/hyperv") is None
     assert domain_xml.firmware_of(root) == "uefi"
     (card,) = root.findall("devices/interface")
     assert domain_xml.networks_of(root) == [

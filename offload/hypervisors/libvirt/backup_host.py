@@ -31,7 +31,7 @@ from offload.errors import (
     PrivilegeError,
 )
 from offload.hypervisor import IslandRequest, Standing, Step
-from offload.hypervisors.libvirt import overlay_disk, placing, restored
+from offload.hypervisors.libvirt import overlay_disk, placing, preflight, restored
 from offload.hypervisors.libvirt.owned import owned, undefine
 from offload.instance import Instance
 from offload.island import Placeholder
@@ -70,7 +70,7 @@ class LibvirtBackupHost:
         if target == "nbd":
             if address is None:
                 return target, Exposure(transport="unix"), False
-            placing.check_loopback(self.name, address)
+            preflight.check_loopback(self.name, address)
             return target, Exposure(transport="tcp", address=address, tls="off"), False
         if self._instance.config.iscsi.chap is not None:
             raise ConfigError(
@@ -90,7 +90,7 @@ class LibvirtBackupHost:
             return []
 
     def _check_local(self) -> None:
-        if placing.is_remote(self._uri):
+        if preflight.is_remote(self._uri):
             raise ConfigError(
                 f"backup host {self.name}: {self._uri} is another machine, and placeholders reach "
                 "their views only on the machine that serves them",
@@ -117,15 +117,15 @@ class LibvirtBackupHost:
     def refuse(self, request: IslandRequest) -> list[str]:
         """Raises UsageError (`no-vm-instant`, `wrong-hypervisor`, `bad-name`), BusyError
         (`name-taken`), PolicyError (`no-disk-to-show`), ConfigError (`wrong-architecture`)."""
-        names = placing.names(request, self._entry.prefix)
+        names = preflight.names(request, self._entry.prefix)
         warnings = []
         for machine in request.machines:
-            warnings += placing.left_out(machine, request)
+            warnings += preflight.left_out(machine, request)
         with Libvirt(self._uri) as link:
             for name in names:
                 _check_free(link, name)
             for machine in request.machines:
-                placing.abilities_for(link, machine)
+                preflight.abilities_for(link, machine)
         return warnings
 
     def plan(self, request: IslandRequest) -> dict[str, str]:
@@ -143,7 +143,7 @@ class LibvirtBackupHost:
         self, request: IslandRequest, record: Mapping[str, str], step: Step
     ) -> tuple[Placeholder, ...]:
         """Raises what `refuse` raises, UnavailableError, ProgramError."""
-        names = placing.names(request, self._entry.prefix)
+        names = preflight.names(request, self._entry.prefix)
         site = placing.Site(
             folder=Path(record["folder"]),
             prefix=_prefix(record),

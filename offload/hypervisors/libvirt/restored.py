@@ -29,9 +29,10 @@ from offload.hypervisors.libvirt import abilities, domain_xml, translate
 from offload.hypervisors.libvirt.abilities import Abilities
 from offload.hypervisors.libvirt.domain_xml import Mark
 from offload.hypervisors.libvirt.host_files import HostFiles
+from offload.hypervisors.libvirt.new_domain import NewDisk, NewDomain
 from offload.hypervisors.libvirt.owned import owned, undefine
-from offload.hypervisors.libvirt.placing import check_name, unpacked
-from offload.hypervisors.libvirt.translate import NewDisk, NewDomain
+from offload.hypervisors.libvirt.placing import unpacked
+from offload.hypervisors.libvirt.preflight import check_name
 from offload.instance import Instance
 from offload.libvirtd import DomainState, Libvirt
 from offload.machine import Machine
