@@ -80,6 +80,7 @@ class InventoryChange:
     datastores: tuple[Datastore, ...] = ()
     hosts: tuple[HypervisorHost, ...] = ()
     gone: tuple[str, ...] = field(default=())
+    tags_problem: str = ""  # as of Inventory
 
     @property
     def entries(self) -> tuple[Entry, ...]:

@@ -221,8 +221,9 @@ class Catalog:
         entries = change.entries
         old = {*change.gone, *(entry.id for entry in entries)}
         with self._write() as db:
-            newer = update(head).where(head.c.hypervisor == hypervisor).values(taken_at=change.at)
-            if db.execute(newer).rowcount == 0:
+            newer = {"taken_at": change.at, "tags_problem": change.tags_problem}
+            known = update(head).where(head.c.hypervisor == hypervisor)
+            if db.execute(known, newer).rowcount == 0:
                 raise NotFoundError(f"no inventory of {hypervisor}", code="unknown-inventory")
             if old:
                 at = (table.c.hypervisor == hypervisor, table.c.id == bindparam("old"))

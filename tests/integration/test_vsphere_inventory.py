@@ -322,6 +322,20 @@ def test_tags_that_cannot_be_read_are_a_problem_of_the_inventory(
     assert len(found.vms) == len(PLANS)
 
 
+def test_tags_that_cannot_be_read_again_are_not_taken_for_gone(
+    own: Vcenter, tmp_path: Path
+) -> None:
+    own.model.tags.attach("backup:nightly", vm_of(own, "web"))
+    with connect(tmp_path, own.table()) as opened:
+        opened.inventory()
+        own.model.web._served = []
+        own.model.restart()
+        own.model.set_power(vm_of(own, "web"), "poweredOff")
+        change = opened.changes(30)
+    assert [(vm.name, vm.tags) for vm in change.vms] == [("web", ("backup:nightly",))]
+    assert "has no REST API" in change.tags_problem
+
+
 def test_single_host_has_no_tags_and_is_not_asked_for_them(own: Vcenter, tmp_path: Path) -> None:
     own.model.inventory.content.about.apiType = "HostAgent"
     own.model.web._served = []

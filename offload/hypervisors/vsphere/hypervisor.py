@@ -11,7 +11,13 @@ from typing import Any, Self
 from pyVmomi import vim
 
 from offload.configs.hypervisors import VsphereConfig
-from offload.errors import ConfigError, NotFoundError, PrivilegeError, UnavailableError
+from offload.errors import (
+    ConfigError,
+    NotFoundError,
+    OffloadError,
+    PrivilegeError,
+    UnavailableError,
+)
 from offload.hypervisor import VmSnapshot
 from offload.hypervisors.vsphere import settings
 from offload.hypervisors.vsphere.following import PATHS, Follower, Update
@@ -95,12 +101,15 @@ class VsphereHypervisor:
         )
 
     def changes(self, wait_s: float) -> InventoryChange:
-        """Raises PrivilegeError, UnavailableError."""
+        """Raises ConfigError, PrivilegeError, UnavailableError; then the next call begins anew."""
         if self._follower is not None:
             try:
                 return self._followed(wait_s)
             except (NotFoundError, UnavailableError):
-                self._hang_up()  # an expired session, a server that was restarted: begin anew
+                self._hang_up()  # an expired session, a server that was restarted
+            except OffloadError:
+                self._hang_up()
+                raise
         self._read_all()
         return self._difference(self._entries(self._world.vm_ids), whole=True)
 
@@ -108,10 +117,15 @@ class VsphereHypervisor:
         vsphere = self._vsphere()
         if self._follower is not None:
             self._follower.close()
-        self._follower = Follower(vsphere)
-        self._world = World()
-        self._world.apply(self._follower.look(0))
-        self._look_closer(self._world.vm_ids)
+        # tags that cannot be read just now are not gone
+        self._world = World(self._world.tags)
+        try:
+            self._follower = Follower(vsphere)
+            self._world.apply(self._follower.look(0))
+            self._look_closer(self._world.vm_ids)
+        except OffloadError:
+            self._hang_up()
+            raise
         self._read_tags()
 
     def _followed(self, wait_s: float) -> InventoryChange:
@@ -126,7 +140,7 @@ class VsphereHypervisor:
                 self._read_tags()
                 touched.all_vms |= before != self._world.tags
             found = self._difference(self._touched(touched), gone=touched.gone)
-            if found or time.monotonic() >= until:
+            if found or time.monotonic() + 1 > until:  # the server counts in whole seconds
                 return found
 
     def _look_closer(self, ids: Iterable[str]) -> None:
@@ -184,6 +198,7 @@ class VsphereHypervisor:
             datastores=tuple(entry for entry in found if isinstance(entry, Datastore)),
             hosts=tuple(entry for entry in found if isinstance(entry, HypervisorHost)),
             gone=tuple(sorted(lost)),
+            tags_problem=self._tags_problem,
         )
 
     # -- VM snapshots of ours --------------------------------------------------------------------

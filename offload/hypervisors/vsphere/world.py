@@ -35,7 +35,7 @@ class Touched:
 class World:
     """Objects by their ids (moRefs)."""
 
-    def __init__(self) -> None:
+    def __init__(self, tags: Mapping[str, tuple[str, ...]] | None = None) -> None:
         self._vms: dict[str, dict[str, Any]] = {}
         self._places: dict[str, dict[str, Any]] = {}  # folders, datacenters, vApps
         self._stores: dict[str, dict[str, Any]] = {}
@@ -43,7 +43,7 @@ class World:
         self.datastores: dict[str, Datastore] = {}
         self.hosts: dict[str, HypervisorHost] = {}
         self.luns: dict[str, str] = {}  # of RDMs: UUID → canonical name
-        self.tags: Mapping[str, tuple[str, ...]] = {}  # by VM
+        self.tags: Mapping[str, tuple[str, ...]] = tags or {}  # by VM
         self.islands: dict[str, str] = {}  # by VM: the island of a placeholder of ours
 
     def apply(self, updates: Iterable[Update]) -> Touched:
