@@ -95,8 +95,8 @@ class Collector(Part):
         found: dict[str, Managed],
         seen: set[tuple[str, str]],
     ) -> None:
-        """SelectionSpec: name of an existing TraversalSpec to be used; a TraversalSpec leads from
-        an object of its type along its path."""
+        """A selection without a type names a TraversalSpec of the same filter; one leads from an
+        object of its type along its path."""
         for each in sets:
             step = each if isinstance(each, _COLLECTOR.TraversalSpec) else named[each.name]
             if not isinstance(start.ref, step.type):
@@ -122,8 +122,7 @@ class Collector(Part):
     def RetrievePropertiesEx(
         self, _call: Call, _of: Managed, specSet: list[Any], options: Any
     ) -> Any:
-        """MaxObjects: the maximum number of ObjectContent data objects that should be returned in
-        a single result; the rest comes with a token."""
+        """More than maxObjects come in pages: the rest with a token."""
         rows = [row for spec in specSet for row in content(self._chosen(spec), spec)]
         return self._page(rows, options.maxObjects or len(rows) or 1)
 
@@ -179,8 +178,8 @@ class Collector(Part):
 
     @unlocked
     def WaitForUpdatesEx(self, call: Call, of: Managed, version: str, options: Any) -> Any:
-        """If maxWaitSeconds is reached the return value is null; unset: for ever. More than
-        maxObjectUpdates come with `truncated` set, the rest in the next call."""
+        """Nothing where nothing changes within maxWaitSeconds; without that, it waits for ever.
+        More than maxObjectUpdates come with `truncated` set, the rest in the next call."""
         patience_s = options.maxWaitSeconds if options is not None else None
         most = options.maxObjectUpdates if options is not None else None
         until = None if patience_s is None else time.monotonic() + patience_s
@@ -202,7 +201,8 @@ class Collector(Part):
                 self.model.changed.wait(left)
 
     def _begin(self, of: Managed, version: str) -> _Waiting:
-        """Version: an empty string all current values."""
+        """Version "" begins anew, with all values; another than the last one is refused:
+        InvalidCollectorVersion."""
         waiting = self._collectors.setdefault(of.moid, _Waiting())
         if not version:
             waiting.rest = []

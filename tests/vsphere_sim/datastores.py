@@ -286,9 +286,9 @@ class Datastores(Part):
     def ResignatureUnresolvedVmfsVolume_Task(
         self, _call: Call, of: Managed, resolutionSpec: Any
     ) -> Any:
-        """The extents one device path for each NotFound: if any of the specified VMFS extents
-        cannot be found; VmfsAmbiguousMount: when ESX is unable to resolve the extents of a VMFS
-        volume unambiguously. It writes to the LUN."""
+        """The extents of one copy are named by their device paths. NotFound for a path that is no
+        copy; VmfsAmbiguousMount where they are not exactly one volume; HostConfigFault where the
+        LUN cannot be written to. It writes to the LUN."""
         host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         with host.lock:
@@ -329,9 +329,9 @@ class Datastores(Part):
         return host, store
 
     def UnmountVmfsVolume(self, _call: Call, of: Managed, vmfsUuid: str) -> None:
-        """InvalidState: if the VMFS volume is already unmounted; ResourceInUse: if there is any
-        VM registered on any host attached to this datastore or HA uses it (vSphere Storage,
-        Unmount datastores)."""
+        """InvalidState for a volume that is unmounted already; ResourceInUse while a VM is
+        registered on it here, or somebody else (HA) uses it (vSphere Storage, on unmounting
+        datastores)."""
         host, store = self._mounted(of, vmfsUuid)
         if not store.hosts[host.name]:
             raise SoapFault(vim.fault.InvalidState(), "The volume is already unmounted.")
@@ -357,7 +357,7 @@ class Datastores(Part):
             self.UnmountVmfsVolume(call, of, uuid)
 
     def MountVmfsVolume(self, _call: Call, of: Managed, vmfsUuid: str) -> None:
-        """InvalidState: if the VMFS volume is already mounted."""
+        """InvalidState for a volume that is mounted already."""
         host, store = self._mounted(of, vmfsUuid)
         if store.hosts[host.name]:
             raise SoapFault(vim.fault.InvalidState(), "The volume is already mounted.")
@@ -365,8 +365,8 @@ class Datastores(Part):
         self._mount_on(store, host)
 
     def DeleteVmfsVolumeState(self, _call: Call, of: Managed, vmfsUuid: str) -> None:
-        """Delete the state of a previously unmounted VMFS volume NotFound: if a VMFS volume with
-        this UUID cannot be found."""
+        """Forgets that a volume was unmounted, for one that need not be there any more; NotFound
+        for one that was not."""
         host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         if vmfsUuid not in host.unmounted:
@@ -374,8 +374,8 @@ class Datastores(Part):
         host.unmounted.discard(vmfsUuid)
 
     def destroy(self, of: Managed) -> None:
-        """What RemoveDatastore and Destroy do to a VMFS: its header is gone from the LUN. "Removes
-        a datastore from a host … the datastore's file system is destroyed"."""
+        """What RemoveDatastore and Destroy do: the file system is destroyed, its header is gone
+        from the LUN."""
         store = self.of(of)
         if self.vms(store):
             raise SoapFault(vim.fault.ResourceInUse(type=vim.Datastore, name=store.name))
@@ -397,7 +397,7 @@ class Datastores(Part):
     # -- calls: names, files ---------------------------------------------------------------------
 
     def rename(self, of: Managed, name: str) -> None:
-        """DuplicateName: if a datastore with the name already exists."""
+        """DuplicateName for one that another datastore has."""
         store, other = self.of(of), self.by_name(name)
         if other is not None and other is not store:
             raise SoapFault(
@@ -420,14 +420,13 @@ class Datastores(Part):
         self.rename(of, newName)
 
     def RefreshDatastore(self, _call: Call, of: Managed) -> None:
-        """Explicitly refreshes free-space and capacity values."""
+        """Reads space and capacity again."""
         of.properties.touch("summary")
 
     def SearchDatastore_Task(
         self, _call: Call, of: Managed, datastorePath: str, searchSpec: Any
     ) -> Any:
-        """Returns the information for the files that match the given search criteria, in one
-        folder."""
+        """Files of one folder that match one of the patterns."""
         store, folder = self.path(datastorePath, of)
         names = self._names(store, folder, searchSpec)
         return _FILES.SearchResults(
@@ -437,7 +436,7 @@ class Datastores(Part):
     def SearchDatastoreSubFolders_Task(
         self, _call: Call, of: Managed, datastorePath: str, searchSpec: Any
     ) -> Any:
-        """… including all subfolders."""
+        """The same, with all folders below."""
         store, top = self.path(datastorePath, of)
         tree = self._tree(store)
         folders = sorted({posixpath.dirname(path) for path in tree})

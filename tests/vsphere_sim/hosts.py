@@ -168,7 +168,7 @@ class Hosts(Part):
             self.model.changed.notify_all()
 
     def check(self, host: Host) -> None:
-        """HostNotConnected: if the server is not connected to the host. Raises SoapFault."""
+        """A host that vCenter cannot reach does nothing: HostNotConnected. Raises SoapFault."""
         if host.down or host.managed.properties["runtime"].connectionState != "connected":
             raise SoapFault(
                 vmodl.fault.HostNotConnected(),

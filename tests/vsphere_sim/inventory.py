@@ -87,7 +87,7 @@ class Inventory(Part):
         return found
 
     def CreateFolder(self, _call: Call, of: Managed, name: str) -> Any:
-        """DuplicateName: if another object in the same folder has the target name."""
+        """DuplicateName where the name is taken in the folder."""
         self.check_name(of, name)
         made = self.model.add(
             vim.Folder, "group", name=name, parent=of, childType=["VirtualMachine", "Folder"]

@@ -191,9 +191,9 @@ class Registration(Part):
         pool: Any,
         host: Any,
     ) -> Any:
-        """AlreadyExists: if the virtual machine is already registered; NotFound: if the
-        configuration file is not found on the system; InvalidDatastore; DuplicateName: if
-        another virtual machine in the same folder already has the specified target name."""
+        """AlreadyExists for a .vmx that is registered; NotFound for one that is not there;
+        InvalidDatastore for a datastore that the host does not have; DuplicateName for a name that
+        another one in the folder has."""
         if pool is not None and not self.model.privileges.has(_ASSIGN, self.model.of(pool)):
             raise self.model.privileges.refusal(_ASSIGN, self.model.of(pool))
         target = self._target(pool, host)
@@ -231,8 +231,8 @@ class Registration(Part):
         return made.ref
 
     def _target(self, pool: Any, host: Any) -> Any:
-        """Host: if unspecified, the server picks one of the pool's; InvalidArgument: if the
-        pool is not specified for a VM that is no template."""
+        """The host that is named, or one of the pool. Only a template needs no pool:
+        InvalidArgument else."""
         if host is not None:
             return self.model.hosts.of(self.model.of(host))
         if pool is None:
@@ -242,8 +242,7 @@ class Registration(Part):
         return next(h for h in self.model.hosts.all.values() if h.pool.ref == pool)
 
     def UnregisterVM(self, _call: Call, of: Managed) -> None:
-        """Removes this virtual machine from the inventory without removing any of the virtual
-        machine's files on storage; InvalidPowerState: if the virtual machine is powered on."""
+        """Its files stay. InvalidPowerState for a VM that is not powered off."""
         self._check_off(of)
         self.model.events.post(vim.event.VmRemovedEvent, of)
         self.forget(of)
@@ -257,8 +256,7 @@ class Registration(Part):
             )
 
     def Destroy_Task(self, _call: Call, of: Managed) -> None:
-        """Destroys this object, deleting its contents: a VM's files, all VMs in a folder. Of a
-        datastore: its VMFS."""
+        """With what it has: a VM's files, all VMs in a folder; of a datastore its VMFS."""
         if isinstance(of.ref, vim.VirtualMachine):
             self._check_off(of)
             store, path = self.files(of)
@@ -274,7 +272,7 @@ class Registration(Part):
             self.model.forget(of)
 
     def UnregisterAndDestroy_Task(self, _call: Call, of: Managed) -> None:
-        """Of a folder: "… all virtual machines are unregistered … without removing files"."""
+        """A folder goes; the VMs in it are unregistered, their files stay."""
         for child in [o for o in self.model.objects.values() if o.parent is of]:
             if isinstance(child.ref, vim.VirtualMachine):
                 self._check_off(child)

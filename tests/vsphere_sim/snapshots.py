@@ -21,7 +21,7 @@ from tests.vsphere_sim.properties import Managed
 from tests.vsphere_sim.soap import SoapFault
 from tests.vsphere_sim.vmsd import Snapshot, Tree, from_vmsd, to_vmsd
 
-_DEPTH = 32  # "a maximum of 32 snapshots in a chain" ("Snapshot limitations")
+_DEPTH = 32  # snapshots in a chain ("Snapshot limitations")
 
 
 @dataclass(eq=False)
@@ -130,8 +130,7 @@ class Snapshots(Part):
         memory: bool,
         quiesceSpec: Any,
     ) -> Any:
-        """With a quiesceSpec the guest has to run, with Tools ("If the flag is set … VMware Tools
-        must be installed and running")."""
+        """Without Tools that run, a quiesceSpec is refused: ToolsUnavailable."""
         self.specs.append(quiesceSpec)
         if quiesceSpec is not None and not _tools(of):
             raise SoapFault(vim.fault.ToolsUnavailable(), "Cannot complete operation: no Tools")
@@ -147,9 +146,8 @@ class Snapshots(Part):
         memory: bool,
         quiesce: bool,
     ) -> Any:
-        """Without Tools, `quiesce` is ignored: the result says quiesced = false. (The description
-        of the parameter: "If TRUE and the virtual machine is powered on when the snapshot is
-        taken, VMware Tools is used to quiesce".)"""
+        """Without Tools, `quiesce` is ignored: the snapshot is made, and says quiesced = false. The
+        reference describes the flag for a VM with Tools that runs only."""
         self.specs.append(quiesce)
         quiesced = quiesce and _tools(of) and self.model.weather.quiesces
         return self._grow(of, name, description or "", quiesced=quiesced)
@@ -181,8 +179,7 @@ class Snapshots(Part):
         return known.refs[uid]
 
     def _check_disks(self, vm: Managed) -> None:
-        """Snapshots of virtual machines configured for bus sharing are not supported
-        (Snapshot limitations)."""
+        """VMs with a shared bus have no snapshots (Snapshot limitations)."""
         for device in vm.properties["config"].hardware.device:
             if getattr(device, "sharedBus", "noSharing") != "noSharing":
                 raise SoapFault(
@@ -190,8 +187,8 @@ class Snapshots(Part):
                 )
 
     def _snapshotted(self, vm: Managed, values: dict[str, str]) -> Iterator[tuple[str, str]]:
-        """Keys and files in the .vmx of disks that snapshots have: no independent ones, no "RDM
-        physical mode disks" ("Snapshot limitations")."""
+        """Keys and files in the .vmx of disks that snapshots have: neither independent ones nor
+        RDMs in physical mode (Snapshot limitations)."""
         path = vm.properties["config"].files.vmPathName
         for key, file in values.items():
             place = key.removesuffix(".fileName")
@@ -207,8 +204,7 @@ class Snapshots(Part):
     def RemoveSnapshot_Task(
         self, _call: Call, of: Managed, removeChildren: bool, consolidate: bool | None
     ) -> None:
-        """Removes this snapshot and deletes any associated storage; without removeChildren the
-        children take its place, and its delta is merged."""
+        """Without removeChildren the children take its place, and its delta is merged."""
         vm, uid = self._of[of.moid]
         tree = self._known[vm.moid].tree
         below = list(tree.below(uid)) if removeChildren else []
@@ -237,8 +233,7 @@ class Snapshots(Part):
         self._save(vm, values)
 
     def ConsolidateVMDisks_Task(self, _call: Call, of: Managed) -> None:
-        """Consolidate the virtual disk files of the virtual machine by finding hierarchies of
-        redo logs that can be combined without violating data dependency."""
+        """Merges deltas that no snapshot needs."""
         values = self.model.registration.settings(of)
         self._consolidate(of, values)
         self._save(of, values)
@@ -286,9 +281,8 @@ class Snapshots(Part):
     def RevertToSnapshot_Task(
         self, _call: Call, of: Managed, host: Any, suppressPowerOn: bool | None
     ) -> None:
-        """Change the execution state of the virtual machine to the state of this snapshot: its
-        settings of then, too, and the deltas since are thrown away. Without memory in the snapshot
-        the VM is powered off."""
+        """Its disks and its settings are those of then, and the deltas since are thrown away.
+        Without memory in the snapshot the VM is powered off."""
         vm, uid = self._of[of.moid]
         known = self._known[vm.moid]
         found = next(s for s in known.tree.all if s.uid == uid)
@@ -315,7 +309,7 @@ class Snapshots(Part):
     def RevertToCurrentSnapshot_Task(
         self, call: Call, of: Managed, host: Any, suppressPowerOn: bool | None
     ) -> None:
-        """NotFound: if the virtual machine does not have a current snapshot."""
+        """NotFound for a VM without one."""
         known = self._known[of.moid]
         if known.tree.current not in known.refs:
             raise SoapFault(vim.fault.NotFound(), "There is no current snapshot.")

@@ -1,7 +1,7 @@
 """What hosts do with LUNs: static targets, rescans, detaching. They really log in.
 
 Source of the rules, unless another is named: vSphere Web Services API reference,
-HostStorageSystem; quotations are from its descriptions of faults.
+HostStorageSystem, in our own words.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Storage(Part):
     # -- calls: targets --------------------------------------------------------------------------
 
     def _adapter(self, of: Managed, device: str) -> Host:
-        """NotFound: if the iSCSI host bus adapter could not be found."""
+        """Raises SoapFault: NotFound for an adapter that the host does not have."""
         host: Host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         if not host.adapter or device != host.adapter:
@@ -194,7 +194,8 @@ class Storage(Part):
     def AddInternetScsiStaticTargets(
         self, _call: Call, of: Managed, iScsiHbaDevice: str, targets: list[Any]
     ) -> None:
-        """Adds static target entries to the host bus adapter discovery list."""
+        """The adapter knows these targets from its next rescan on; one that it knows already is
+        left as it is."""
         host = self._adapter(of, iScsiHbaDevice)
         have = {key_of(t) for t in host.targets}
         host.targets += [t for t in targets if key_of(t) not in have]
@@ -203,9 +204,8 @@ class Storage(Part):
     def RemoveInternetScsiStaticTargets(
         self, _call: Call, of: Managed, iScsiHbaDevice: str, targets: list[Any]
     ) -> None:
-        """If any of the targets provided as parameters are not found in the existing list, the
-        other targets are removed and an exception is thrown (of RemoveInternetScsiSendTargets,
-        and of this one)."""
+        """Removes those that it knows, and only then throws NotFound for any that it does not: the
+        reference says so of the list of targets."""
         host = self._adapter(of, iScsiHbaDevice)
         have, gone = {key_of(t) for t in host.targets}, {key_of(t) for t in targets}
         host.targets = [t for t in host.targets if key_of(t) not in gone]
@@ -221,7 +221,7 @@ class Storage(Part):
         authenticationProperties: Any,
         targetSet: Any,
     ) -> None:
-        """Of the adapter, or of "the set the targets … if not provided … the HBA itself"."""
+        """CHAP of the targets that are named in the set; without a set, of the adapter."""
         host = self._adapter(of, iScsiHbaDevice)
         if targetSet is None or not targetSet.staticTargets:
             host.chap = authenticationProperties
@@ -236,7 +236,7 @@ class Storage(Part):
 
     @unlocked
     def RescanAllHba(self, _call: Call, of: Managed) -> None:
-        """Issues a request to rescan all host bus adapters for new storage devices."""
+        """Looks for new devices at all adapters. It says nothing of file systems."""
         host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         self.rescan(host)
@@ -248,15 +248,15 @@ class Storage(Part):
 
     @unlocked
     def RescanVmfs(self, _call: Call, of: Managed) -> None:
-        """Rescans for new Virtual Machine File Systems (VMFS). The inventory hears of it later:
-        see Weather.inventory_lag_s."""
+        """Looks for new VMFS on the devices that are known. The inventory hears of it later: see
+        Weather.inventory_lag_s."""
         host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         self.model.datastores.rescan(host)
 
     @unlocked
     def RefreshStorageSystem(self, _call: Call, of: Managed) -> None:
-        """Refreshes the storage information and settings: both."""
+        """Both rescans."""
         self.RescanAllHba(_call, of)
         self.RescanVmfs(_call, of)
 
@@ -270,9 +270,9 @@ class Storage(Part):
 
     @unlocked
     def DetachScsiLun(self, _call: Call, of: Managed, lunUuid: str) -> None:
-        """InvalidState: if the SCSI lun is already detached; ResourceInUse: the lun is in
-        use: a mounted VMFS has an extent on it. The state survives rescans and reboots (vSphere
-        Storage, Detach storage devices)."""
+        """InvalidState for a LUN that is detached already; ResourceInUse while a mounted VMFS has
+        an extent on it. Being detached survives rescans and reboots (vSphere Storage, on detaching
+        storage devices)."""
         host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         with host.lock, self.model.changed:
@@ -288,7 +288,7 @@ class Storage(Part):
         self.publish(host)
 
     def AttachScsiLun(self, _call: Call, of: Managed, lunUuid: str) -> None:
-        """InvalidState: if the SCSI lun is already attached."""
+        """InvalidState for a LUN that is not detached."""
         host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         disk = self._disk(host, lunUuid)
@@ -298,8 +298,8 @@ class Storage(Part):
         self.publish(host)
 
     def DeleteScsiLunState(self, _call: Call, of: Managed, lunCanonicalName: str) -> None:
-        """Delete the state of a previously detached SCSI lun will only delete the state of luns
-        that are not currently attached."""
+        """Forgets that a LUN was detached, for one that need not be there any more; NotFound, or
+        InvalidState where it is there, for one that was not detached."""
         host = self.model.hosts.of(of)
         self.model.hosts.check(host)
         if lunCanonicalName not in host.detached:
@@ -317,7 +317,7 @@ class Storage(Part):
 
     @unlocked
     def QueryUnresolvedVmfsVolumes(self, _call: Call, of: Managed) -> Any:
-        """Get the list of unbound VMFS volumes."""
+        """VMFS that are not bound to the device that they lie on."""
         return self.unresolved(of)
 
     def unresolved(self, of: Managed) -> list[Any]:

@@ -174,8 +174,8 @@ class Volume:
         return made
 
     def resignature(self, label: str) -> None:
-        """A new UUID and label on all extents, bound to the LUNs that they are on now: "the copy is
-        assigned a new UUID and signature" (vSphere Storage, "Managing duplicate VMFS datastores").
+        """A new UUID and label on all extents, bound to the LUNs that they are on now (vSphere
+        Storage, "Managing duplicate VMFS datastores").
         Paths in files are not touched. Raises DiskError."""
         header = replace(self.header, uuid=new_uuid(), label=label)
         for ordinal, disk in enumerate(self.disks):
