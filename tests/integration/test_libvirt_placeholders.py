@@ -534,6 +534,24 @@ def test_vms_that_cannot_stand_are_refused(world: World) -> None:
     refused_by(world, world.request("k25", shown=Shown.VM), "no-vm-instant")
 
 
+def test_disks_that_vms_share_are_shown_to_each_and_named(world: World) -> None:
+    shared = changed(world.machine, shared=True)
+    with island(world, world.request("k27", shared)) as (found,):
+        assert any("vda is shared" in note for note in found.notes)
+        assert definition(world, found.name).findall("devices/disk/shareable") == []
+
+
+def test_disk_that_is_plugged_in_for_now_is_left_out_and_named(world: World) -> None:
+    """What a VM has now and will have at its next start need not be the same."""
+    *first, last = world.machine.disks
+    plugged = replace(first[0], name="vdx")
+    machine = replace(world.machine, disks=(*first, plugged))
+    with island(world, world.request("k28", machine)) as (found,):
+        notes = "\n".join(found.notes)
+        assert "vdx is left out: it is plugged in until" in notes
+        assert f"{last.name} is left out: the VM gets it at its next start" in notes
+
+
 def test_image_whose_parent_is_not_in_the_view_is_refused(world: World) -> None:
     """Its overlay would show production's parent as it is now."""
     child = world.folder / "child.qcow2"

@@ -87,6 +87,10 @@ class Placing:
                     f"disk {disk.name} is left out: it is plugged in until the VM's next stop only"
                 )
                 continue
+            if disk.shared:
+                self._notes.append(
+                    f"disk {disk.name} is shared with other VMs: what is written here is not"
+                )
             found.append((disk, self._views[disk.volume]))
         there = {disk.name for disk in self._machine.disks}
         self._notes += [
