@@ -42,6 +42,10 @@ atomic = "record"
 hypervisor = "vc"
 luns = ["{lun1}"]
 atomic = "record"
+[groups.gold]
+hypervisor = "vc"
+tags = ["backup:gold"]
+atomic = "record"
 [groups.far]
 hypervisor = "vc"
 vms = ["far"]
@@ -175,6 +179,25 @@ def test_check_names_a_vm_that_the_group_chooses_since(vc: Vsphere) -> None:
     vc.offload.ok("placeholder", "refresh", made["name"])
     assert "backup-late" in vc.site.placeholders()
     assert vc.offload.ask("placeholder", "check")["findings"] == []
+
+
+def test_group_chosen_by_a_tag_follows_storage_vmotion(vc: Vsphere) -> None:
+    vm = vc.site.vms["vm01"]
+    vc.site.model.tags.attach("backup:gold", vm)
+    vc.site.write("vm01", b"moving")
+    made = vc.offload.ask("mount", "gold", "--placeholder", "--host", BACKUP[0])
+    assert [p["vm"] for p in made["placeholders"]] == ["vm01"]
+    assert [view["origin"].rpartition("/")[2] for view in made["views"]] == ["lun1"]
+    vc.site.model.events.storage_vmotion(vm, "ds2")
+    done = vc.offload.run("--json", "placeholder", "check")
+    said = [finding["what"] for finding in json.loads(done.stdout)["findings"]]
+    one, two = vc.site.luns["lun1"][1], vc.site.luns["lun2"][1]
+    assert any(f"was on {one}, it is on {two} now" in what for what in said)
+    (fresh,) = vc.offload.ask("placeholder", "refresh", made["name"])
+    assert [view["origin"].rpartition("/")[2] for view in fresh["views"]] == ["lun2"]
+    assert vc.site.read(vc.site.placeholders()["backup-vm01"], 6) == b"moving"
+    vc.site.model.tags.detach("backup:gold", vm)
+    vc.site.model.events.storage_vmotion(vm, "ds1")
 
 
 def test_view_of_an_island_is_not_taken_from_under_it(vc: Vsphere) -> None:
