@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 import tomli_w
 from pyVmomi import vim
@@ -16,6 +18,7 @@ from offload.cli.main import run
 from offload.errors import ConfigError
 from offload.services import inventory as service
 from offload.services.context import Context, open_context
+from offload.testing.libvirt_host import LibvirtHost
 from tests.vsphere_sim.server import Vcenter, running_vcenter
 from tests.vsphere_sim.vms import DiskPlan, VmPlan
 
@@ -234,3 +237,56 @@ def test_server_that_is_away_is_told_and_tried_again(
     model.weather.fault = lambda _method: None
     told = next(event for event in events if event.event != "lost")
     assert told.message == "state: connected → maintenance"
+
+
+# -- libvirt ---------------------------------------------------------------------------------------
+
+BARE = """
+<domain type='qemu'>
+  <name>bare</name><memory unit='MiB'>32</memory>
+  <os><type arch='x86_64' machine='pc'>hvm</type></os>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/><source file='{disk}'/><target dev='vda' bus='virtio'/>
+    </disk>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+
+
+@pytest.mark.needs_root
+def test_inventory_of_libvirt_is_shown_and_followed_by_the_same_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "bare.raw"
+    disk.write_bytes(bytes(1 << 20))
+    config = tmp_path / "offload.toml"
+    with (
+        tempfile.TemporaryDirectory(prefix="ol-") as short,
+        LibvirtHost(Path(short)).running() as host,
+    ):
+        tables = {
+            "state_dir": str(tmp_path / "state"),
+            "runtime_dir": str(tmp_path / "run"),
+            "volumes": {"bare": {"provider": "copy", "path": str(disk)}},
+            "hypervisors": {"kvm": {"kind": "libvirt", "uri": host.uri}},
+        }
+        config.write_text(tomli_w.dumps(tables))
+        config.chmod(0o600)
+        with open_context(config) as context:
+            events = service.follow(context, "kvm")
+            assert next(events).message.startswith("0 VMs")
+            connection = libvirt.open(host.uri)
+            connection.defineXML(BARE.format(disk=disk))
+            connection.close()
+            new = next(event for event in events if event.kind == "vm")
+            assert (new.name, new.message) == ("bare", "is new")
+            events.close()  # type: ignore[attr-defined]
+        words = ["--config", str(config), "--json", "inventory"]
+        assert run([*words, "refresh"]) == 0
+        capsys.readouterr()
+        assert run([*words, "show", "bare"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["disks"][0]["path"] == str(disk)
+    assert shown["volumes"] == {"vda": ["bare"]}
