@@ -59,6 +59,7 @@ atomic = "record"
 hypervisor = "kvm"
 tags = ["gold"]
 consistency = "filesystem"
+deadline_s = 120
 
 [hypervisors.kvm]
 kind = "libvirt"
