@@ -50,7 +50,8 @@ class Past:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instants:
-    """Which instant each VM is shown at, and what it is worth there; by VM name."""
+    """Which instant each VM is shown at, and what it is worth there; by VM name. `at`, `snapshot`:
+    of the VM snapshots that are in the storage's, whichever is shown."""
 
     shown: Shown
     consistency: Mapping[str, str] = field(default_factory=dict)
@@ -145,19 +146,12 @@ def instants(
             hint="it has them of VMs that a VM snapshot quiesced; without: --shows group",
         )
     shown = asked or (Shown.VM if own else Shown.GROUP)
-    if shown is Shown.GROUP:
-        return Instants(
-            shown=shown,
-            consistency={m.name: _at_the_groups(past, m, found[m.name]).value for m in machines},
-        )
+    consistency = {m.name: _at_the_groups(past, m, found[m.name]) for m in machines}
+    if shown is Shown.VM:
+        consistency |= {name: image.consistency for name, image in own.items()}
     return Instants(
         shown=shown,
-        consistency={
-            m.name: own[m.name].consistency.value
-            if m.name in own
-            else _at_the_groups(past, m, found[m.name]).value
-            for m in machines
-        },
+        consistency={name: level.value for name, level in consistency.items()},
         at={name: image.at for name, image in own.items() if image.at is not None},
         snapshot={name: image.snapshot for name, image in own.items()},
     )

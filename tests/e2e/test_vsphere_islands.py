@@ -130,6 +130,8 @@ def test_placeholders_of_quiesced_vms_show_each_its_own_instant(vc: Vsphere) -> 
     made = vc.offload.ask("mount", origin, "--placeholder", "--host", BACKUP[0], "--shows", "group")
     assert {(p["shown"], p["consistency"]) for p in made["placeholders"]} == {("group", "crash")}
     assert {p["at"] for p in made["placeholders"]} == {mark["created_at"]}
+    for standing in vc.site.placeholders().values():
+        assert vc.site.model.snapshot_names(standing) == []
 
 
 def test_placeholders_of_a_backup_show_what_was_quiesced(vc: Vsphere) -> None:
