@@ -28,11 +28,13 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NoReturn
 
 from offload import run
 
 _REQUEST_BYTES = 1 << 17
+_LOOK_S = 0.002
 _PACKAGES = ("offload.cli", "offload.engine", "offload.format", "offload.services")
 # what commands load on their way
 _MORE = (
@@ -57,36 +59,20 @@ class WarmPython:
         self, *argv: str, env: Mapping[str, str] | None = None, timeout_s: float = 120
     ) -> run.Completed:
         """Run `python -c CODE …` or `python -m MODULE …`, as `run.run` does with `check=False`."""
-        began = time.monotonic()
+        return self.start(*argv, env=env).wait(timeout_s)
+
+    def start(self, *argv: str, env: Mapping[str, str] | None = None) -> WarmProgram:
+        """The same, started: the caller waits for it."""
         answers, theirs = sockets.socketpair()
         readers, writers = zip(os.pipe(), os.pipe(), strict=True)
-        said: list[bytes] = [b"", b""]
-        with answers:
-            try:
-                data = json.dumps({"argv": argv, "env": run.child_env(env)}).encode()
-                sockets.send_fds(self._started(), [data], [*writers, theirs.fileno()])
-            finally:
-                theirs.close()
-                for fd in writers:
-                    os.close(fd)
-            listeners = [
-                threading.Thread(target=_read_all, args=(fd, said, place), daemon=True)
-                for place, fd in enumerate(readers)
-            ]
-            for thread in listeners:
-                thread.start()
-            status = _await(answers, began + timeout_s)
-        for thread in listeners:
-            thread.join(max(0.0, began + timeout_s - time.monotonic()))
-        if status is None or any(thread.is_alive() for thread in listeners):
-            raise run.ProgramError(argv, None, time.monotonic() - began, "")
-        return run.Completed(
-            argv=argv,
-            status=status,
-            seconds=time.monotonic() - began,
-            stdout=said[0].decode("utf-8", "replace"),
-            stderr=said[1].decode("utf-8", "replace"),
-        )
+        try:
+            data = json.dumps({"argv": argv, "env": run.child_env(env)}).encode()
+            sockets.send_fds(self._started(), [data], [*writers, theirs.fileno()])
+        finally:
+            theirs.close()
+            for fd in writers:
+                os.close(fd)
+        return WarmProgram(argv, answers, readers)
 
     def _started(self) -> sockets.socket:
         """The wire to the warm process."""
@@ -117,22 +103,64 @@ def warm_python() -> WarmPython:
     return WarmPython()
 
 
-def _read_all(fd: int, said: list[bytes], place: int) -> None:
-    with os.fdopen(fd, "rb") as stream:
-        said[place] = stream.read()
+class WarmProgram:
+    """A program that was started, with its process id."""
 
+    def __init__(
+        self, argv: tuple[str, ...], answers: sockets.socket, readers: tuple[int, ...]
+    ) -> None:
+        self._began = time.monotonic()
+        self._argv = argv
+        self._answers = answers
+        self._said: list[bytes] = [b"", b""]
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(fd, place), daemon=True)
+            for place, fd in enumerate(readers)
+        ]
+        for thread in self._listeners:
+            thread.start()
+        self._lines = answers.makefile("rb", buffering=0)
+        self.pid = _number(self._lines.readline())
 
-def _await(answers: sockets.socket, until: float) -> int | None:
-    """The status of the program, below 0 a signal's number; None where it is late: then it is
-    killed. OSError where the warm process has ended."""
-    with answers.makefile("rb", buffering=0) as lines:
-        pid = _number(lines.readline())
-        answers.settimeout(max(0.0, until - time.monotonic()))
-        try:
-            return _number(lines.readline())
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            return None
+    def _listen(self, fd: int, place: int) -> None:
+        with os.fdopen(fd, "rb") as stream:
+            self._said[place] = stream.read()
+
+    def stands(self) -> bool:
+        """Wait until it is stopped by a signal (True) or has ended."""
+        while True:
+            try:
+                state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except (FileNotFoundError, ProcessLookupError):
+                return False
+            if state in "TZX":
+                return state == "T"
+            time.sleep(_LOOK_S)
+
+    def wait(self, timeout_s: float) -> run.Completed:
+        """Its end. ProgramError if it is late: then it is killed."""
+        until = time.monotonic() + timeout_s
+        self._answers.settimeout(timeout_s)
+        with self._answers, self._lines:
+            try:
+                status = _number(self._lines.readline())
+            except TimeoutError as late:
+                os.kill(self.pid, signal.SIGKILL)
+                raise self._late() from late
+        for thread in self._listeners:  # what it has left behind may have its streams
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                raise self._late()
+        return run.Completed(
+            argv=self._argv,
+            status=status,
+            seconds=time.monotonic() - self._began,
+            stdout=self._said[0].decode("utf-8", "replace"),
+            stderr=self._said[1].decode("utf-8", "replace"),
+        )
+
+    def _late(self) -> run.ProgramError:
+        return run.ProgramError(self._argv, None, time.monotonic() - self._began, "")
 
 
 def _number(line: bytes) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,6 +26,7 @@ from offload.services.prune import PruneReport, prune
 from offload.services.verify import verify
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
+from offload.testing.warm import warm_python
 
 CHUNK = 4096
 SIZE = 40 * CHUNK
@@ -87,27 +87,29 @@ class Child:
     """A command in a process of its own, which may stand still at a step."""
 
     def __init__(self, config: Path, what: str, **env: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(config), what],
-            env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self._program = warm_python().start("-c", SCRIPT, str(config), what, env=env)
+        self.pid = self._program.pid
+        self._ended = False
 
     def stands(self) -> bool:
         """Wait until it stands still (True) or has ended."""
-        found = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        return found is not None and found.si_code == os.CLD_STOPPED
+        return self._program.stands()
 
     def resume(self) -> Ended:
         """Let it go on, each time it stands, to its end."""
         while self.stands():
-            self.process.send_signal(signal.SIGCONT)
-        out, err = self.process.communicate(timeout=60)
-        return Ended(self.process.returncode, out.strip(), err.strip())
+            os.kill(self.pid, signal.SIGCONT)
+        done = self._program.wait(60)
+        self._ended = True
+        return Ended(done.status, done.stdout.strip(), done.stderr.strip())
 
     def kill(self) -> None:
         """End it whatever it does. Idempotent."""
-        self.process.kill()
-        self.process.communicate()
+        if not self._ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._program.wait(60)
+            self._ended = True
 
 
 @dataclass

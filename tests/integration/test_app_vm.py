@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import signal
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from offload.services.director import CreateOptions
 from offload.testing.daemon import open_folder
 from offload.testing.mariadb import RunningMariadb, running_mariadb
 from offload.testing.pools import mounted
+from offload.testing.warm import warm_python
 
 pytestmark = pytest.mark.needs_root
 
@@ -249,18 +249,19 @@ def test_database_that_lets_go_while_held_is_not_called_consistent(
 def test_command_killed_at_each_step_leaves_no_application_held(site: Site) -> None:
     with site.open():
         pass  # the configuration is written, the instance made
-    command = [sys.executable, "-m", "offload.cli", "--config", str(site.folder / "offload.toml")]
-    create = [*command, "timemark", "create", "shop"]
+    command = ("-m", "offload.cli", "--config", str(site.folder / "offload.toml"))
+    create = (*command, "timemark", "create", "shop")
+    python = warm_python()
     trace = site.folder / "trace"
-    run.run(create, env={TRACE_ENV: str(trace)})
+    assert python.run(*create, env={TRACE_ENV: str(trace)}).status == 0
     steps = list(dict.fromkeys(trace.read_text().split()))
     steps = steps[steps.index("timemark.armed") : steps.index("timemark.settled")]
     assert {"timemark.frozen", "timemark.checked", "timemark.thawed"} <= set(steps)
     with writing(site) as writers:
         for step in steps:
-            assert run.run(create, env={CRASH_ENV: step}, check=False).status == -signal.SIGKILL
+            assert python.run(*create, env={CRASH_ENV: step}).status == -signal.SIGKILL
             writers.reach(3)
-            run.run([*command, "recover"])
+            assert python.run(*command, "recover").status == 0
             assert list((site.folder / "run").glob("*/holds/*")) == [], step
             phases = site.script().split()
             assert phases.count("freeze") == phases.count("thaw"), step

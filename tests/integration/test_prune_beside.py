@@ -134,7 +134,7 @@ def test_prune_beside_a_backup_frees_what_it_may_and_says_whom_the_rest_waits_fo
     (waiting,) = report.waiting
     assert waiting.packs > 0
     assert waiting.frees_bytes > 0
-    assert f"pid {child.process.pid}" in waiting.holders[0]
+    assert f"pid {child.pid}" in waiting.holders[0]
     assert len(site.objects("tombstones")) == 1
     rehearsed = prune(site.ctx, "main", rules=KeepRules(last=1), dry_run=True)
     assert [w.holders for w in rehearsed.waiting] == [waiting.holders]
@@ -168,7 +168,7 @@ def test_prune_while_another_is_at_work_gives_way_until_that_is_late(site: Site)
     with pytest.raises(BusyError) as caught:
         site.prune()
     assert caught.value.code == "prune-running"
-    assert f"pid {child.process.pid}" in caught.value.message
+    assert f"pid {child.pid}" in caught.value.message
     with pytest.MonkeyPatch.context() as patch:
         shift_clock(patch, 2)
         site.prune()
