@@ -284,6 +284,7 @@ def views(ctx: click.Context) -> None:
             "clients": entry.clients,
             "overlay": entry.overlay,
             "moving_to": entry.moving_to or None,
+            "island": entry.island or None,
         }
         for entry in found
     ]

@@ -84,6 +84,7 @@ class ViewStatus:
     clients: tuple[Client, ...] = ()
     overlay: Usage | None = None  # None: it has none, or its overlay is gone
     moving_to: str = ""  # where a running migration copies it
+    island: str = ""  # the name of the island whose placeholders have it as a disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +282,7 @@ def views(ctx: Context) -> list[ViewStatus]:
     """What is mounted, the newest last, and whether it is served now. Changes nothing."""
     found = []
     moving = _moving(ctx)
+    islands = {view: island.name for island in ctx.catalog.islands() for view in island.views}
     targets: dict[str, Target] = {}
     for view in ctx.catalog.views():
         run_dir = _run_dir(ctx, view.id)
@@ -297,6 +299,7 @@ def views(ctx: Context) -> list[ViewStatus]:
                 clients=clients,
                 overlay=used,
                 moving_to=moving.get(view.id, ""),
+                island=islands.get(view.id, ""),
             )
         )
     return found

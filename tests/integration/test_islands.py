@@ -285,6 +285,7 @@ def test_island_of_a_group_stands_on_a_fresh_timemark(ctx: Context) -> None:
     assert made.island.origin == f"timemark:{mark.id}"
     assert [m.name for m in mark.machines] == ["db", "web"]
     assert served(ctx) == [True, True]
+    assert {entry.island for entry in mounts.views(ctx)} == {"shop-island"}
     (request,) = WORLD.requests
     assert [shown.volume for shown in request.views] == ["db", "web"]
     assert request.at == mark.created_at
