@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help system install check test lab bench demo lock clean
+.PHONY: help system install check test lab bench demo demo-vsphere lock clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 system: ## install the Debian packages of packages.txt (needs root; quiet when all are there)
 	@./scripts/install-system-packages
@@ -40,6 +40,9 @@ bench: install ## every figure of docs/benchmarks.md
 
 demo: install ## the main job on real data
 	$(PY) demo/run.py
+
+demo-vsphere: install ## placeholders on a simulated vSphere, with real iSCSI LUNs underneath
+	$(PY) demo/vsphere.py
 
 lock: ## renew requirements.lock from pyproject.toml
 	./scripts/renew-lock

@@ -6,12 +6,14 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from offload.testing.libiscsi import Initiator, Login, ScsiError, find_luns
 
+_T = TypeVar("_T")
 _CHUNK = 1 << 18  # bytes a WRITE: under what any target takes
 _PAGE_IDENTIFICATION = 0x83  # SPC-4, 7.8.6: device identification
 
@@ -135,17 +137,19 @@ class IscsiDisk:
     def pread(self, count: int, offset: int) -> bytes:
         with self._lock:
             try:
-                return self._open().pread(count, offset)
+                return self._again(lambda session: session.pread(count, offset))
             except (ScsiError, ctypes.ArgumentError) as error:
                 raise DiskError(str(error)) from error
 
     def pwrite(self, data: bytes, offset: int) -> None:
+        def write(session: Initiator) -> None:
+            for begin in range(0, len(data), _CHUNK):
+                session.pwrite(data[begin : begin + _CHUNK], offset + begin)
+            session.flush()
+
         with self._lock:
             try:
-                session = self._open()
-                for begin in range(0, len(data), _CHUNK):
-                    session.pwrite(data[begin : begin + _CHUNK], offset + begin)
-                session.flush()
+                self._again(write)
             except ScsiError as error:
                 read_only = error.sense_key == 7  # SPC-4, table 48: DATA PROTECT
                 raise DiskError(str(error), read_only=read_only) from error
@@ -153,7 +157,7 @@ class IscsiDisk:
     def alive(self) -> bool:
         with self._lock:
             try:
-                return bool(self._open().inquiry())
+                return bool(self._again(lambda session: session.inquiry()))
             except (DiskError, ScsiError):
                 return False
 
@@ -162,6 +166,22 @@ class IscsiDisk:
             session, self._session = self._session, None
             if session is not None:
                 session.close()
+
+    def _again(self, work: Callable[[Initiator], _T]) -> _T:
+        """In the session, or, as initiators do, once more in a new one where that has broken:
+        libiscsi loses count of its commands when a target asks whether it is there (NOP-In)."""
+        session = self._open()
+        try:
+            return work(session)
+        except ScsiError as error:
+            if error.sense_key is not None:
+                raise
+        session.vanish()
+        self._session = None
+        self._session = Initiator(self.target.uri(self.lun), self.target.login, timeout_s=60)
+        if canonical_name(self._session.inquiry(_PAGE_IDENTIFICATION)) != self.naa:
+            raise ScsiError(f"{self.target.iqn} has another LUN now")
+        return work(self._session)
 
     def _open(self) -> Initiator:
         if self._session is None:

@@ -48,7 +48,7 @@ class Host:
     @property
     def sessions(self) -> list[IscsiDisk]:
         """LUNs that it is logged in to."""
-        return [disk for disk in self.disks.values() if isinstance(disk, IscsiDisk)]
+        return [disk for disk in list(self.disks.values()) if isinstance(disk, IscsiDisk)]
 
     def target_of(self, entry: Any) -> Target:
         """A static target with the CHAP that counts for it: its own, or the adapter's

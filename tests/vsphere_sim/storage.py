@@ -119,8 +119,10 @@ class Storage(Part):
     def _pulses(self) -> None:
         while not self._ended.wait(_PULSE_S):
             for host in list(self.model.hosts.all.values()):
-                with host.lock:
-                    self._look(host)
+                # without the host's lock: a target may take its time, and calls do not wait for it
+                if not all(disk.alive() for disk in host.sessions):
+                    with host.lock:
+                        self._look(host)
 
     def _look(self, host: Host) -> None:
         """Whether each LUN still answers; one that was lost is logged in to again."""
