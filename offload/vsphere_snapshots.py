@@ -7,7 +7,8 @@ VirtualMachineSnapshot; VirtualMachineSnapshotTree).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from pyVmomi import vim, vmodl
@@ -25,19 +26,24 @@ def create_quiesced(
     """A snapshot without memory, the guest's file systems quiesced by VMware Tools. `family`: its
     guestFamily.
 
-    A VM that is busy with another task is tried again until then. Raises UnavailableError
-    (`quiesce-failed`, `vsphere-late`: the snapshot may appear later).
+    Raises UnavailableError (`quiesce-failed`, `vsphere-late`: the snapshot may appear later).
     """
-    what = f"the quiesced snapshot {name}"
+
+    def start() -> Any:
+        return vm.CreateSnapshotEx_Task(
+            name=name, description=description, memory=False, quiesceSpec=_quiesce_spec(family)
+        )
+
+    _finish(vsphere, start, f"the quiesced snapshot {name}", until)
+
+
+def _finish(vsphere: Vsphere, start: Callable[[], Any], what: str, until: float) -> None:
+    """A task to its end. A VM that is busy with another one (it is migrated, its disks are moved)
+    is tried again until then."""
     while True:
         try:
             with vsphere.translated(what):
-                task = vm.CreateSnapshotEx_Task(
-                    name=name,
-                    description=description,
-                    memory=False,
-                    quiesceSpec=_quiesce_spec(family),
-                )
+                task = start()
             vsphere.wait(task, until, what)
             return
         except UnavailableError as error:
@@ -60,10 +66,10 @@ def remove(vsphere: Vsphere, vm: Any, name: str, until: float, *, creating: bool
             info = vsphere.read(vm, "snapshot").get("snapshot")
         found = [entry for entry in all_snapshots(info) if entry.name == name]
         for entry in found:
-            what = f"the removal of the snapshot {name}"
-            with vsphere.translated(what):
-                task = entry.snapshot.RemoveSnapshot_Task(removeChildren=False, consolidate=True)
-            vsphere.wait(task, until, what)
+            gone = partial(
+                entry.snapshot.RemoveSnapshot_Task, removeChildren=False, consolidate=True
+            )
+            _finish(vsphere, gone, f"the removal of the snapshot {name}", until)
     except NotFoundError:  # the VM, or the snapshot, went meanwhile
         return False
     return bool(found)
@@ -84,10 +90,9 @@ def _await_creations(vsphere: Vsphere, vm: Any, until: float) -> None:
 def consolidate(vsphere: Vsphere, vm: Any, until: float) -> None:
     """Merge deltas without a snapshot, where the server says that there are some."""
     with vsphere.translated("the disks of a VM"):
-        needed = vsphere.read(vm, "runtime.consolidationNeeded")
-        task = vm.ConsolidateVMDisks_Task() if any(needed.values()) else None
-    if task is not None:
-        vsphere.wait(task, until, "the consolidation of a VM's disks")
+        needed = any(vsphere.read(vm, "runtime.consolidationNeeded").values())
+    if needed:
+        _finish(vsphere, vm.ConsolidateVMDisks_Task, "the consolidation of a VM's disks", until)
 
 
 def all_snapshots(info: Any) -> Iterator[Any]:

@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # a thaw never loads the catalog
     from offload.catalog.store import Catalog
 
 _REMOVE_S = 300.0  # a delta of seconds is merged in seconds; the server may be busy with others
+_PATIENCE_S = 120.0  # with a server that is away while a VM carries a snapshot
+_PAUSE_S = 2.0
+_AWAY = ("vsphere-session", "vsphere-unavailable")
 _DESCRIPTION = "made and removed by offload within seconds, for a snapshot of its storage"
 
 _PROPERTIES = (
@@ -266,16 +269,21 @@ class VmwarePart:
         self._asked = self._creating = False
 
     def _remove_surely(self, until: float) -> None:
-        try:
-            self._remove(until)
-        except OffloadError as first:
-            if isinstance(first, TaskLateError):
-                raise self._stuck(first) from first
-            self._hang_up()  # an expired session, a vCenter that was restarted
+        """Once more in another session, whatever it was; for a while where nobody answers: an
+        expired session, a vCenter that is restarted."""
+        patience_until = time.monotonic() + _PATIENCE_S
+        again = True
+        while True:
             try:
-                self._remove(until)
+                return self._remove(until)
             except OffloadError as error:
-                raise self._stuck(error) from error
+                away = error.code in _AWAY and time.monotonic() < patience_until
+                if isinstance(error, TaskLateError) or not (again or away):
+                    raise self._stuck(error) from error
+                if not again:
+                    time.sleep(_PAUSE_S)
+            again = False
+            self._hang_up()
 
     def _remove(self, until: float) -> None:
         vsphere = self._connected()

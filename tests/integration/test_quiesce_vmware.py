@@ -466,6 +466,64 @@ def test_vmware_session_that_has_expired_is_made_anew(
     assert vcenter.model.snapshot_names(shop) == []
 
 
+def test_vmware_server_that_is_away_for_a_while_is_waited_for(
+    vcenter: Vcenter, shop: Managed, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vmware, "_PAUSE_S", 0.0)
+    part = make()
+    part.check()
+    freeze(part)
+    away = [vim.fault.NotAuthenticated(privilegeId="System.View") for _ in range(4)]
+    vcenter.model.weather.fault = lambda m: away.pop() if m == "Login" and away else None
+    vcenter.model.restart()
+    part.thaw()
+    assert away == []
+    assert vcenter.model.snapshot_names(shop) == []
+
+
+def test_vmware_server_that_stays_away_is_said(
+    vcenter: Vcenter, shop: Managed, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vmware, "_PATIENCE_S", 0.0)
+    part = make()
+    part.check()
+    freeze(part)
+    away = vim.fault.NotAuthenticated(privilegeId="System.View")
+    vcenter.model.weather.fault = lambda m: away if m == "Login" else None
+    vcenter.model.end_sessions()
+    with pytest.raises(UnavailableError, match=part.snapshot_name) as failed:
+        part.thaw()
+    assert failed.value.code == "thaw-failed"
+    vcenter.model.weather.fault = lambda _m: None
+
+
+def test_vmware_removal_waits_for_a_vm_that_is_busy(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    part = make()
+    part.check()
+    freeze(part)
+    busy = [vim.fault.TaskInProgress(task=vim.Task("t")) for _ in range(2)]
+    vcenter.model.weather.fault = lambda m: (
+        busy.pop() if m == "RemoveSnapshot_Task" and busy else None
+    )
+    part.thaw()
+    assert busy == []
+    assert vcenter.model.snapshot_names(shop) == []
+
+
+def test_vmware_delta_that_a_removal_left_is_consolidated(
+    vcenter: Vcenter, shop: Managed, make: Make
+) -> None:
+    part = make()
+    part.check()
+    freeze(part)
+    vcenter.model.weather.consolidation_fails = True
+    part.thaw()
+    assert vcenter.model.calls.count("ConsolidateVMDisks_Task") == 1
+    assert not shop.properties["runtime"].consolidationNeeded
+
+
 def test_vmware_removal_that_fails_is_said(vcenter: Vcenter, shop: Managed, make: Make) -> None:
     part = make()
     part.check()
