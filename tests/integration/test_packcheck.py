@@ -14,6 +14,7 @@ from offload.engine.packcheck import check_footer, check_pack
 from offload.engine.packwriter import Compressor, PackWriter
 from offload.engine.repository import Repository
 from offload.engine.room import Room
+from offload.errors import IntegrityError
 from offload.format import layout
 from offload.format.keyfile import Secret, WrapperKind, key_file_text, new_ring, wrap
 from offload.format.layout import encode_parameters, new_parameters
@@ -95,3 +96,26 @@ def test_check_pack_that_is_gone_says_so(repository: Repository) -> None:
     for found in (check_pack(repository, name, Room()), check_footer(repository, name, 10_000)):
         assert found.gone
         assert set(found.bad) == set(repository.index.entries(name))
+
+
+def test_decode_into_gives_what_decode_gives_and_notices_every_flipped_bit(
+    repository: Repository,
+) -> None:
+    name, path = pack_of(repository)
+    raw = path.read_bytes()
+    chooser = random.Random(3)
+    for entry in repository.index.entries(name):
+        stored = raw[entry.payload_offset : entry.end]
+        out = memoryview(bytearray(entry.raw_length))
+        repository.decode_into(entry, stored, name, out)
+        assert out == repository.decode(entry, stored, name)
+        for length in (entry.raw_length - 1, entry.raw_length + 1):
+            with pytest.raises(IntegrityError):
+                repository.decode_into(entry, stored, name, memoryview(bytearray(length)))
+        with pytest.raises(IntegrityError):
+            repository.decode_into(entry, stored[:-1], name, out)
+        for at in range(len(stored)):
+            wrong = bytearray(stored)
+            wrong[at] ^= 1 << chooser.randrange(8)
+            with pytest.raises(IntegrityError):
+                repository.decode_into(entry, wrong, name, out)
