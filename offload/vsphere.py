@@ -84,9 +84,9 @@ def _tls(config: VsphereConfig) -> ssl.SSLContext:
 class Vsphere:
     """A session, logged in until `close`. One thread at a time."""
 
-    def __init__(self, config: VsphereConfig) -> None:
-        """Raises ConfigError (`secret-…`, `vsphere-certificate`, `vsphere-login`),
-        UnavailableError (`vsphere-unavailable`)."""
+    def __init__(self, config: VsphereConfig, *, call_s: float = _CALL_S) -> None:
+        """`call_s`: how long one call may take. Raises ConfigError (`secret-…`,
+        `vsphere-certificate`, `vsphere-login`), UnavailableError (`vsphere-unavailable`)."""
         password = read_secret(config.password_file, f"password of {config.server}")
         self.server = config.server
         self._port = config.port
@@ -96,7 +96,7 @@ class Vsphere:
             port=config.port,
             version=_VERSION,
             sslContext=self._context,
-            httpConnectionTimeout=_CALL_S,
+            httpConnectionTimeout=call_s,
         )
         try:
             with self.translated(f"{config.server} does not let us in"):

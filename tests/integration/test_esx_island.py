@@ -319,3 +319,21 @@ def _other_names(site: IslandSite, host: str = "backup1") -> VsphereBackupHost:
     """The host with another prefix: placeholders of one VM, twice."""
     config = site.instance.config.backup_host(host).model_copy(update={"prefix": "other-"})
     return VsphereBackupHost(host, config, site.instance)
+
+
+def test_island_of_64_luns_is_told_and_rescanned_once(site: IslandSite) -> None:
+    names = [f"l{number}" for number in range(63)]
+    for name in names:
+        site.add_datastore(name, name)
+    site.add_vm("web")
+    site.add_vm("last", datastore="l62")
+    views = [site.view(volume) for volume in ("lun1", *names)]
+    before = len(site.model.calls)
+    record, placeholders = site.build(site.request(views))
+    calls = site.model.calls[before:]
+    assert [p.vm for p in placeholders] == ["web", "last"]
+    assert calls.count("AddInternetScsiStaticTargets") == 1
+    assert calls.count("RescanHba") == 1
+    assert len(site.model.hosts.all["backup1"].disks) == 64
+    site.host().take_down(record, no_step)
+    site.assert_bare()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ class Seen:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def add(self, uuid: str) -> None:
+    def add(self, uuids: Iterable[str]) -> None:
         """Durable on return."""
-        if uuid in self.uuids():
+        known = self.uuids()
+        fresh = [uuid for uuid in uuids if uuid not in known]
+        if not fresh:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._path.open("a") as out:
-            out.write(uuid + "\n")
+            out.writelines(f"{uuid}\n" for uuid in fresh)
             out.flush()
             os.fsync(out.fileno())
         fsync_folder(self._path.parent)
@@ -158,10 +161,9 @@ def _unregister_one(vsphere: Vsphere, moref: str, timeout_s: float) -> None:
 
 
 def _unmount(storage: HostStorage, seen: Seen) -> None:
-    for volume in storage.volumes():
-        seen.add(volume.uuid)
-        if volume.mounted:
-            storage.unmount(volume)
+    found = storage.volumes()
+    seen.add(volume.uuid for volume in found)
+    storage.unmount(volume for volume in found if volume.mounted)
 
 
 def _let_go(storage: HostStorage) -> None:

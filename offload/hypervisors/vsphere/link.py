@@ -14,6 +14,7 @@ from offload.vsphere import Vsphere
 T = TypeVar("T")
 
 _LOST = ("vsphere-session", "vsphere-unavailable")
+_CALL_S = 300.0  # a rescan of a host with many LUNs blocks for minutes
 _FIRST_PAUSE_S = 0.05
 _LAST_PAUSE_S = 5.0
 
@@ -53,7 +54,7 @@ class Link:
 
     def _connected(self) -> Vsphere:
         if self._session is None:
-            self._session = Vsphere(self._config)
+            self._session = Vsphere(self._config, call_s=_CALL_S)
         return self._session
 
     def close(self) -> None:

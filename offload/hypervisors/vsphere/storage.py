@@ -239,15 +239,19 @@ class HostStorage:
         with self._vsphere.translated(self._what), contextlib.suppress(vim.fault.InvalidState):
             self._storage.MountVmfsVolume(vmfsUuid=volume.uuid)
 
-    def unmount(self, volume: Volume) -> None:
+    def unmount(self, volumes: Iterable[Volume]) -> None:
         """Never RemoveDatastore, which destroys the VMFS. Raises CleanupError (`datastore-busy`)
-        where something uses it to the end of the deadline."""
+        where something uses one to the end of the deadline."""
         with self._vsphere.translated(self._what):
-            self._retried(partial(self._storage.UnmountVmfsVolume, vmfsUuid=volume.uuid))
+            for volume in volumes:
+                self._retried(partial(self._storage.UnmountVmfsVolume, vmfsUuid=volume.uuid))
         self._until(
-            lambda: not any(v.mounted and v.uuid == volume.uuid for v in self.volumes()),
+            lambda: not any(volume.mounted for volume in self.volumes()),
             lambda: CleanupError(
-                f"host {self._host} still has {volume.name} mounted", code="datastore-busy"
+                f"host {self._host} still has "
+                + ", ".join(volume.name for volume in self.volumes() if volume.mounted)
+                + " mounted",
+                code="datastore-busy",
             ),
         )
 
