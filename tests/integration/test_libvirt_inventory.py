@@ -263,9 +263,11 @@ def test_unknown_vm_is_refused(kvm: Hypervisor) -> None:
 
 
 def test_daemon_that_is_not_there_is_unavailable(enter: Open, folder: Path) -> None:
-    with pytest.raises(UnavailableError) as refused:
-        enter(f"qemu:///system?socket={folder}/nobody")
-    assert refused.value.code == "libvirt-unavailable"
+    nobody = f"qemu:///system?socket={folder}/nobody"
+    for uri in (nobody, f"qemu+tcp://127.0.0.1:{free_port()}/system"):
+        with pytest.raises(UnavailableError) as refused:
+            enter(uri)
+        assert refused.value.code == "libvirt-unavailable"
 
 
 def test_daemon_without_storage_pools_has_an_inventory(enter: Open, folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Real domains made again from their settings, on a real libvirt daemon; one boots from a view."""
+"""Real domains made again from their settings, on a real libvirt daemon: UEFI, and one boots from a
+view."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from offload import compose, run
 from offload.errors import BusyError, CleanupError, ConfigError, OffloadError
 from offload.hypervisor import BackupHost
 from offload.hypervisors.libvirt import abilities, domain_xml
-from offload.machine import Machine, pack_file
+from offload.machine import Machine
 from offload.services import director, island, island_away, machines
 from offload.services import mount as mounts
 from offload.services.context import Context, open_context
@@ -40,6 +41,7 @@ pytestmark = [pytest.mark.needs_root]
 UUID = "11111111-2222-4333-8444-555555555502"
 MAC = "52:54:00:00:00:07"
 BOOT_S = 300.0
+VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")  # of UEFI, as they are at the first start
 CONFIG = """
 state_dir = "{folder}/state"
 runtime_dir = "{folder}/run"
@@ -82,7 +84,9 @@ DOMAIN = """
   <metadata><o:tags xmlns:o='{tags}'><o:tag>gold</o:tag></o:tags></metadata>
   <memory unit='MiB'>256</memory><vcpu>1</vcpu>
   <os>
-    <type arch='x86_64' machine='pc'>hvm</type>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>
+    <nvram>{folder}/shop.nvram</nvram>
     <kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{cmdline}</cmdline>
   </os>
   <features><acpi/></features>
@@ -124,6 +128,7 @@ def world() -> Iterator[World]:
     folder = Path(tempfile.mkdtemp(prefix="ol-"))
     agent_disk.make_disk(folder / "system.raw", folder, "a shop")
     boot = agent_disk.make_boot(folder)
+    shutil.copyfile(VARIABLES, folder / "shop.nvram")
     (folder / "d").mkdir()
     with LibvirtHost(folder / "d", tcp_port=free_port()).running() as daemon:
         (folder / "offload.toml").write_text(
@@ -172,12 +177,6 @@ def definition(world: World, name: str) -> Any:
     return domain_xml.parse(world.connection.lookupByName(name).XMLDesc(0))
 
 
-def with_nvram(machine: Machine) -> Machine:
-    loader = "<loader readonly='yes' type='pflash'>/usr/share/none/CODE.fd</loader>"
-    text = machine.definition.replace("</cmdline>", f"</cmdline>{loader}<nvram>/old</nvram>")
-    return replace(machine, definition=text, files={"nvram": pack_file(b"variables" * 1000)})
-
-
 def agent(domain: Any, command: str) -> Any:
     """Its answer, as soon as it gives one."""
     until = time.monotonic() + BOOT_S
@@ -213,6 +212,7 @@ def test_clone_boots_from_a_writable_view_and_its_agent_answers(made: World) -> 
         number = made.host.create(made.machine, {"vda": view.uri}, "clone", "m1", no_step)
         domain = made.connection.lookupByUUIDString(number)
         assert not domain.isActive()
+        assert domain_xml.firmware_of(definition(made, "clone")) == "uefi"
         domain.create()
         assert agent(domain, "guest-get-osinfo")["pretty-name"] == "a shop"
         with compose.hypervisor("kvm", made.ctx.instance) as kvm:
@@ -266,7 +266,7 @@ def test_vm_beside_the_original_gets_another_identity(made: World) -> None:
 def test_vm_whose_original_is_gone_is_the_original(made: World) -> None:
     shop = made.connection.lookupByName("shop")
     text = shop.XMLDesc(0)
-    shop.undefine()
+    shop.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
     try:
         number = made.host.create(made.machine, {"vda": str(made.disk)}, "shop", "m1", no_step)
         root = definition(made, "shop")
@@ -295,11 +295,11 @@ def test_vm_keeps_its_screen_and_agent_but_not_its_hosts_files(made: World) -> N
 def test_vm_has_its_firmware_variables_beside_its_disk(made: World, tmp_path: Path) -> None:
     disk = tmp_path / "disk.qcow2"
     steps: list[str] = []
-    machine = with_nvram(made.machine)
+    machine = made.machine
     made.host.create(machine, {"vda": str(disk)}, "uefi", "m1", steps.append)
     root = definition(made, "uefi")
     nvram = Path(domain_xml.nvram_of(root))
-    assert (nvram.parent, nvram.read_bytes()) == (tmp_path, b"variables" * 1000)
+    assert (nvram.parent, nvram.read_bytes()) == (tmp_path, VARIABLES.read_bytes())
     (found,) = domain_xml.disk_elements(root)
     assert domain_xml.disk_format(found) == "qcow2"
     assert steps == ["define", "nvram"]
@@ -311,7 +311,7 @@ def test_vm_on_another_machine_has_its_firmware_variables_by_a_storage_pool(
     made: World, tmp_path: Path
 ) -> None:
     disk = {"vda": str(tmp_path / "disk.raw")}
-    machine = with_nvram(made.machine)
+    machine = made.machine
     with pytest.raises(ConfigError) as refused:
         made.far.check_create(machine, disk, "uefi")
     assert refused.value.code == "no-pool"
@@ -321,7 +321,7 @@ def test_vm_on_another_machine_has_its_firmware_variables_by_a_storage_pool(
     try:
         made.far.create(machine, disk, "uefi", "m1", no_step)
         nvram = Path(domain_xml.nvram_of(definition(made, "uefi")))
-        assert (nvram.parent, nvram.read_bytes()) == (tmp_path, b"variables" * 1000)
+        assert (nvram.parent, nvram.read_bytes()) == (tmp_path, VARIABLES.read_bytes())
         assert nvram.stat().st_mode & 0o777 == 0o600
         made.far.destroy("m1")
     finally:
@@ -349,7 +349,7 @@ def test_vm_killed_in_the_making_is_taken_back_by_its_mark(
 ) -> None:
     (tmp_path / "disks").mkdir()
     disk, order = tmp_path / "disks/disk.raw", tmp_path / "order"
-    order.write_bytes(pickle.dumps((with_nvram(made.machine), str(disk))))
+    order.write_bytes(pickle.dumps((made.machine, str(disk))))
     argv = [sys.executable, "-c", SCRIPT, str(made.folder / "offload.toml"), str(order), kill_at]
     assert subprocess.run(argv, check=False, timeout=300).returncode == -signal.SIGKILL
     assert made.connection.lookupByName("uefi")
@@ -358,6 +358,12 @@ def test_vm_killed_in_the_making_is_taken_back_by_its_mark(
     made.host.destroy("m1")
     made.host.destroy("m1")
     assert list((tmp_path / "disks").iterdir()) == []
+
+
+def test_vm_whose_firmware_variables_were_not_kept_is_warned_of(world: World) -> None:
+    bare = replace(world.machine, files={})
+    warnings = world.host.check_create(bare, {"vda": str(world.disk)}, "new")
+    assert "the variables of its firmware were not kept: they are the defaults" in warnings
 
 
 # -- what is refused -------------------------------------------------------------------------------
