@@ -11,7 +11,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +25,14 @@ from offload.engine.packwriter import PackWriter
 from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
 from offload.engine.tree import TreeReader
+from offload.engine.work import run_workers
 from offload.engine.writeimage import Job, write_image
-from offload.extents import Ranges
+from offload.extents import Ranges, data_ranges
 from offload.format import layout
 from offload.format.layout import encode_parameters, new_parameters
 from offload.images.file import FileImage
 from offload.model import RawSource
+from offload.sinks.file import NewFileSink
 from offload.store import Buffer
 from offload.stores.disk import DiskStore
 from offload.storespec import StoreSpec
@@ -42,8 +44,8 @@ _HOT_WRITES, _HOT_SHARE = 0.8, 0.2
 _CORPUS_MIB = 96
 _FIXED = 4 * MIB
 GOALS = (
-    "Goals: stored ÷ changed ≤ 1.3 on the first night and ≤ 2 over all; reading the last night "
-    "back at ≥ 0.6 × the speed of the full backup. *Changed* is the night's changed blocks in "
+    "Goals: stored ÷ changed ≤ 1.3 on the first night and ≤ 2 over all; restore of the last night "
+    "at ≥ 0.6 × the speed of the full backup's. *Changed* is the night's changed blocks in "
     "image order, compressed alone as one zstd 1 stream. The 4 MiB store is computed: each touched "
     "piece, compressed alone, nothing else counted. Sizes are sums of files, all alike."
 )
@@ -154,20 +156,45 @@ class Offload:
         return tree_bytes(self.folder / "store")
 
     def read_seconds(self, night: int) -> float:
-        """How long reading all of a night takes, window by window, as a restore does."""
-        image = StoredImage(self.repository, self.roots[night], self.disk.size, 512)
-        length = window_bytes(self.shape.chunk_bytes)
+        """How long reading all of a night takes, window by window, by one thread."""
 
         def put(_offset: int, _content: Buffer) -> None:
             """It was read: where it goes is not what is measured."""
 
-        began = time.perf_counter()
-        with closing(BulkReader(image)) as reader:
-            for at in range(0, self.disk.size, length):
-                end = min(at + length, self.disk.size)
-                data = [(e.offset, e.end) for e in image.extents(at, end - at) if e.kind == "data"]
-                reader.read(data, put)
-        return time.perf_counter() - began
+        with closing(BulkReader(self._image(night))) as reader:
+            began = time.perf_counter()
+            for window in self._windows(reader.image):
+                reader.read(window, put)
+            return time.perf_counter() - began
+
+    def restore_seconds(self, night: int) -> tuple[float, float]:
+        """Wall and CPU seconds of a restore of a night into a new file, by as many threads as a
+        restore has."""
+        target = self.folder / "restored.raw"
+        sink = NewFileSink(target, target.with_suffix(".part"), self.disk.size, resume=False)
+
+        def put(offset: int, content: Buffer) -> None:
+            sink.write(offset, memoryview(content))
+
+        def job(window: Ranges, _tool: None) -> None:
+            reader.read(window, put)
+
+        with closing(sink), closing(BulkReader(self._image(night))) as reader:
+            began, cpu = time.perf_counter(), time.process_time()
+            run_workers(self._windows(reader.image), nullcontext, job)
+            sink.finish()
+            took = time.perf_counter() - began, time.process_time() - cpu
+        target.unlink()
+        return took
+
+    def _image(self, night: int) -> StoredImage:
+        return StoredImage(self.repository, self.roots[night], self.disk.size, 512)
+
+    def _windows(self, image: StoredImage) -> Iterator[Ranges]:
+        """What of each window is data."""
+        length = window_bytes(self.shape.chunk_bytes)
+        for at in range(0, self.disk.size, length):
+            yield data_ranges(image.extents(at, min(length, self.disk.size - at)))
 
     def pieces(self, night: int) -> float:
         """Chunks and deltas read for one chunk of a mounted view, on average."""
@@ -341,13 +368,22 @@ def _nights(place: Path, size_mib: int, nights: int, *, hot: bool, peers: bool) 
 
 
 def _reading(mine: Offload, nights: int) -> str:
-    mine.read_seconds(0)  # the store's files into the page cache
-    mine.read_seconds(nights)
-    first, last = (min(mine.read_seconds(n) for _ in range(3)) for n in (0, nights))
+    """What a user pays is the restore; the reading alone has no writing to hide behind."""
+    for night in (0, nights):  # the store's files into the page cache
+        mine.read_seconds(night)
+    reads, restores = [], []
+    for _ in range(3):
+        reads.append([mine.read_seconds(n) for n in (0, nights)])
+        restores.append([mine.restore_seconds(n) for n in (0, nights)])
+    first, last = (min(r[i] for r in reads) for i in (0, 1))
+    whole, late = (min(r[i][0] for r in restores) for i in (0, 1))
+    cpu_whole, cpu_late = (min(r[i][1] for r in restores) for i in (0, 1))
     return (
-        f"Reading all of the last night takes {last:.2f} s, the full backup {first:.2f} s "
-        f"({first / last:.2f} × the speed); a chunk of a mounted view is read in "
-        f"{mine.pieces(nights):.1f} pieces on average."
+        f"Restoring the last night into a file takes {late:.2f} s ({cpu_late:.2f} CPU s), the full "
+        f"backup {whole:.2f} s ({cpu_whole:.2f} CPU s): {whole / late:.2f} × the speed, start of "
+        f"the program not counted. Reading alone, by one thread: {last:.2f} s and {first:.2f} s "
+        f"({first / last:.2f} ×). A chunk of a mounted view is read in {mine.pieces(nights):.1f} "
+        "pieces on average."
     )
 
 
