@@ -1,6 +1,6 @@
 """What would be refused on the way, found out before production is frozen for it. Changes nothing.
 
-Sources: vSphere Web Services API, AuthorizationManager.HasPrivilegeOnEntities, LicenseManager;
+Sources: vSphere Web Services API, AuthorizationManager.HasPrivilegeOnEntity, LicenseManager;
 privileges: the "Required privileges" of each call that is made here.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pyVmomi import vim, vmodl
+from pyVmomi import vim
 
 from offload.errors import PolicyError, PrivilegeError
 from offload.hypervisor import IslandRequest
@@ -87,13 +87,9 @@ def check_privileges(vsphere: Vsphere, host: Host) -> None:
 def _lacking(
     vsphere: Vsphere, managed: Any, session: str, privileges: tuple[str, ...]
 ) -> list[str]:
-    manager = vsphere.content.authorizationManager
-    try:
-        has = manager.HasPrivilegeOnEntity(
-            entity=managed, sessionId=session, privId=list(privileges)
-        )
-    except vmodl.fault.ManagedObjectNotFound:
-        return []
+    has = vsphere.content.authorizationManager.HasPrivilegeOnEntity(
+        entity=managed, sessionId=session, privId=list(privileges)
+    )
     return [privilege for privilege, held in zip(privileges, has, strict=True) if not held]
 
 
