@@ -16,6 +16,7 @@ import click
 from offload.cli.app import Settings
 
 _GAP = "  "
+_FOLDED = 1000  # rows: ten thousand took rich four seconds
 
 
 def emit(settings: Settings, data: object, human: Callable[[], None]) -> None:
@@ -67,12 +68,12 @@ def show_age(seconds: float) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
     """A table on stdout; `empty` on stderr where there are no rows.
 
-    On a terminal long cells are folded to its width; elsewhere columns are padded with blanks and
-    never cut.
+    On a terminal long cells are folded to its width; elsewhere, and where nobody reads them all,
+    columns are padded with blanks and never cut.
     """
     if not rows:
         click.echo(empty, err=True)
-    elif sys.stdout.isatty():
+    elif sys.stdout.isatty() and len(rows) <= _FOLDED:
         _rich_table(header, rows)
     else:
         _plain_table(header, rows)

@@ -96,6 +96,17 @@ def test_table_on_a_terminal_shows_brackets_as_they_are(
     assert "[bold]x[/bold]" in screen.getvalue()
 
 
+def test_long_table_on_a_terminal_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    wide = "x" * 300
+    output.table(["name", "size"], [[wide, "1"]] * 1001, "nothing")
+    assert terminal.getvalue().splitlines()[1] == f"{wide}  1"
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (86400 * 3, "3 d"), (-5, "0 s")],

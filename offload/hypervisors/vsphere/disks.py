@@ -109,8 +109,15 @@ def machine_disk(
     store = datastores.get(running.datastore)
     luns: dict[str, None] = {}
     problem = ""
+    base = facts.backings[-1]
+    if base.lun_uuid:
+        lun = lun_of(base.lun_uuid)
+        luns[lun] = None
+        problem = "" if lun else f"no host knows the LUN that {base.path} maps"
     for backing in facts.backings:
-        found, bad = _luns(backing, datastores.get(backing.datastore), lun_of)
+        if backing is base and base.lun_uuid:
+            continue  # the mapping file has nothing of the disk's data; a delta over it has
+        found, bad = _luns(backing, datastores.get(backing.datastore))
         luns |= dict.fromkeys(found)
         problem = problem or bad
     return MachineDisk(
@@ -139,13 +146,8 @@ def _kind(facts: DiskFacts, store: Datastore | None) -> DiskKind:
     return _KINDS.get(store.kind, DiskKind.OTHER)
 
 
-def _luns(
-    backing: Backing, store: Datastore | None, lun_of: Callable[[str], str]
-) -> tuple[tuple[str, ...], str]:
-    """On which LUNs the data of a file lies; or why it lies on none."""
-    if backing.lun_uuid:
-        lun = lun_of(backing.lun_uuid)
-        return ((lun,), "") if lun else ((), f"no host knows the LUN that {backing.path} maps")
+def _luns(backing: Backing, store: Datastore | None) -> tuple[tuple[str, ...], str]:
+    """On which LUNs a file lies; or why it lies on none."""
     if store is None:
         return (), f"{backing.path} lies on no datastore that this user may see"
     if store.luns:
