@@ -17,6 +17,7 @@ from offload.engine.repository import Repository
 from offload.errors import BusyError
 from offload.format import layout
 from offload.journal import step
+from offload.objectlock import Locking
 from offload.store import Store
 
 KEPT = timedelta(days=365)  # how long fences and voids stay: nobody stalls for longer
@@ -29,6 +30,14 @@ def look_for_fences(store: Store, writer: str) -> bool:
     """
     fences = store.list(f"{layout.FENCES}{writer}/")
     return next(iter(fences), None) is not None or store.exists(layout.void_name(writer))
+
+
+def was_given_up(store: Store, writer: str) -> bool:
+    """The same, asked by who may be the writer, or wants what it made to stay: under object lock a
+    void does not count while the manifest is locked, and does from then on."""
+    if look_for_fences(store, writer):
+        return True
+    return isinstance(store, Locking) and bool(store.originals([layout.void_name(writer)]))
 
 
 def give_up(repository: Repository, writer: str, prune: str) -> bool:

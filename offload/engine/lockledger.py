@@ -17,14 +17,15 @@ from pathlib import Path
 
 from offload.errors import UnavailableError
 
-_LAYOUT = 1
+_LAYOUT = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS lock(name TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pack(number INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL);
 CREATE TABLE IF NOT EXISTS page(id BLOB PRIMARY KEY, packs BLOB NOT NULL, made REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS root(id BLOB PRIMARY KEY, packs BLOB NOT NULL, made REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS damage(digest BLOB NOT NULL);
 """
-_TABLES = ("lock", "pack", "page", "root")
+_TABLES = ("lock", "pack", "page", "root", "damage")
 _KEPT_S = 180 * 86400.0  # of pages and roots; later they are walked again
 
 _PAST_S = 30 * 86400.0
@@ -102,6 +103,19 @@ class LockLedger:
         with self._use() as db:
             db.execute("DELETE FROM page")
             db.execute("DELETE FROM root")
+
+    def trees_under(self, damage: bytes) -> None:
+        """Drop what trees need if it was noted under another damage of the store than this."""
+        with self._use() as db:
+            known = db.execute("SELECT digest FROM damage").fetchall()
+        if known == [(damage,)]:
+            return
+        self.forget_trees()
+        with self._use() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("DELETE FROM damage")
+            db.execute("INSERT INTO damage VALUES (?)", (damage,))
+            db.execute("COMMIT")
 
     # -- packs of trees --------------------------------------------------------------------------
 

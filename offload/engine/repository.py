@@ -215,28 +215,35 @@ class Repository:
         """The content of a chunk, checked: from the place given, or from another where that one
         has gone or is damaged. A prune may move a chunk at any time."""
         try:
-            return self.read_place(location)
+            return self._read_stored(location)
         except IntegrityError as error:
-            if isinstance(self.store, Locking) and self.store.distrust(location.pack):
-                log.warning("%s; its original is read", error.message)
-                self._heads.pop(location.pack, None)
-                self._ciphers.pop(location.pack, None)
-                return self.read_at(location)
             found = self._read_elsewhere(location, refresh=error.code == "pack-missing")
             if found is None:
                 raise
             return found
 
+    def _read_stored(self, location: Location) -> bytes:
+        """From this place; under object lock, if that was replaced, from what was stored there."""
+        try:
+            return self.read_place(location)
+        except IntegrityError as error:
+            if not isinstance(self.store, Locking) or not self.store.distrust(location.pack):
+                raise
+            log.warning("%s; its original is read", error.message)
+            self._heads.pop(location.pack, None)
+            self._ciphers.pop(location.pack, None)
+            return self.read_place(location)
+
     def _read_elsewhere(self, location: Location, *, refresh: bool) -> bytes | None:
         tried = {location}
-        for fresh in (False, True) if refresh else (False,):
-            if fresh:
-                self.refresh()
+        for look in (None, self.refresh if refresh else None, self._find_hidden):
+            if look is not None:
+                look()
             for place in self.index.places(location.entry.id):
                 if place not in tried:
                     tried.add(place)
                     with contextlib.suppress(IntegrityError):
-                        return self.read_place(place)
+                        return self._read_stored(place)
         return None
 
     def read_place(self, location: Location) -> bytes:

@@ -7,7 +7,8 @@ those whose dates are too early get new ones, a generation ahead.
 To know the packs of a tree without reading it every night, a set is kept for each root that is no
 smaller than what it needs: that of its parent, what the run wrote, and what it found in the store.
 When one of these has to be extended, which is once a generation, the tree itself is asked, and
-pages that are known are not read again.
+pages that are known are not read again. Where something is damaged, and whenever it is mended, all
+that is known of trees is forgotten once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blake3 import blake3
+
+from offload.engine.chunkindex import Location
 from offload.engine.lockledger import LockLedger, Numbers
 from offload.engine.repository import Repository
 from offload.errors import IntegrityError
@@ -69,6 +73,28 @@ def lock_references(
         return _Lock(repository, store, ledger).lock(images, set(own) | repository.index.relied)
 
 
+def lock_mended(repository: Repository) -> None:
+    """What is read instead of damaged records is locked at least as long as any backup is that was
+    made until now: so that each still needs nothing that can be destroyed before it."""
+    store = repository.store
+    if isinstance(store, Locking):
+        with closing(LockLedger(ledger_path(repository))) as ledger:
+            ledger.note(store.placed())
+            _Lock(repository, store, ledger).lock_instead()
+
+
+def _instead(repository: Repository) -> dict[bytes, Location]:
+    """Chunks of which some record is noted as damaged, and their best places now."""
+    index = repository.index
+    bad = {
+        entry.id
+        for note in repository.quarantine.notes
+        for entry in index.entries(note.pack)
+        if note.gone or entry.offset in note.offsets
+    }
+    return index.find_many(sorted(bad))
+
+
 def locked_packs(repository: Repository, packs: Iterable[str]) -> dict[str, datetime]:
     """Those of the packs that are locked now, and until when. Nothing on a store without locks."""
     store = repository.store
@@ -110,6 +136,7 @@ class _Lock:
         self.ahead = store.rules.object_until(now)
 
     def lock(self, images: Sequence[Built], own: set[str]) -> datetime:
+        self.ledger.trees_under(self._damage())
         packs = self._at_most(images, own)
         if (
             packs is None
@@ -124,6 +151,17 @@ class _Lock:
         return self.until
 
     # -- what is needed --------------------------------------------------------------------------
+
+    def _damage(self) -> bytes:
+        """A digest of what is noted as damaged, and of where it is read from instead: by a repair,
+        on whatever host, a tree comes to need a pack that it did not need before."""
+        told = sorted((ident, place.pack) for ident, place in _instead(self.repository).items())
+        return blake3(repr(told).encode()).digest()
+
+    def lock_instead(self) -> None:
+        """Lock what is read instead of what is noted as damaged."""
+        packs = {place.pack for place in _instead(self.repository).values()}
+        self._extend(packs | set(self.repository.index.objects_of(packs)))
 
     def _at_most(self, images: Sequence[Built], own: set[str]) -> set[str] | None:
         """Packs among which are all that the trees need; None where that is not known."""

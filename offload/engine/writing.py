@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from offload.engine.deletions import take_away
-from offload.engine.fences import look_for_fences
+from offload.engine.fences import look_for_fences, was_given_up
 from offload.engine.manifests import read_manifest
 from offload.engine.pins import HeldPin, PinKind, given_up, images_of
 from offload.engine.repository import Repository
@@ -28,8 +28,8 @@ REFERENCES_LOST = "references-lost"
 
 
 def is_firm(store: Store) -> bool:
-    """Whether a manifest stands once it is out: under object lock all that it needs was locked
-    before it, so that no prune can have deleted any of it, and it cannot be taken back."""
+    """Whether a manifest cannot be taken back: under object lock. All that it needs was locked
+    before it, so that no prune can have destroyed any of it until the lock has ended."""
     return isinstance(store, Locking)
 
 
@@ -65,8 +65,8 @@ class Writing:
         return None if look_for_fences(self.repository.store, backup) else found
 
     def confirm(self, own_packs: Iterable[str]) -> None:
-        """After the manifest: it stands, or it is taken back, unless somebody has placed a legal
-        hold on it.
+        """After the manifest: it stands, or it is taken back, unless it is locked, or somebody has
+        placed a legal hold on it.
 
         UnavailableError: `given-up`; `references-lost`, if a pack is gone that this built on.
         """
@@ -74,7 +74,7 @@ class Writing:
         wanted = self.repository.index.relied.union(own_packs)
         lost = wanted - set(store.list(layout.PACKS)) if wanted else set()
         firm = is_firm(store)
-        late = not firm and look_for_fences(store, self.pin.id)
+        late = was_given_up(store, self.pin.id)
         if not lost and not late:
             return
         if not firm:
@@ -90,12 +90,15 @@ class Writing:
         )
 
 
-def take_back_late(repository: Repository, ident: str) -> None:
-    """For recovery: take back what a dead writer finished when it had been given up."""
+def settle_dead(repository: Repository, ident: str) -> bool:
+    """For recovery: whether what a dead writer finished counts. When it had been given up, it is
+    taken back, as far as it can be."""
     store = repository.store
-    there = store.exists(layout.manifest_name(ident))
-    if there and not is_firm(store) and look_for_fences(store, ident):
-        take_away(repository, ident, ident)
+    if not store.exists(layout.manifest_name(ident)):
+        return False
+    if not was_given_up(store, ident):
+        return True
+    return not is_firm(store) and not take_away(repository, ident, ident)
 
 
 @contextmanager

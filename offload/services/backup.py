@@ -37,7 +37,7 @@ from offload.engine.retention_lock import Built, lock_references
 from offload.engine.tree import TreeReader
 from offload.engine.trust import sample_unchanged
 from offload.engine.writeimage import Counts, Job, write_image
-from offload.engine.writing import REFERENCES_LOST, take_back_late, writing
+from offload.engine.writing import REFERENCES_LOST, settle_dead, writing
 from offload.errors import BusyError, NotFoundError, OffloadError, UnavailableError, UsageError
 from offload.extents import Ranges, normalize, total
 from offload.format import layout
@@ -558,8 +558,7 @@ def undo_backup(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -
         ident = args["backup"]
         name = layout.manifest_name(ident)
         with closing(Repository.open(store, instance.cache_dir)) as repository:
-            take_back_late(repository, ident)
-            if store.exists(name):
+            if settle_dead(repository, ident):
                 done = decode_manifest(name, store.get(name), repository.keys, args["name"])
                 stores.adopt(catalog, [done.backup])
             stores.remove_unfinished(repository, ident)

@@ -28,7 +28,7 @@ from offload import compose
 from offload.catalog.store import Catalog
 from offload.engine.manifests import read_folds, read_manifest
 from offload.engine.repository import Repository
-from offload.engine.writing import take_back_late
+from offload.engine.writing import settle_dead
 from offload.errors import (
     IntegrityError,
     NotFoundError,
@@ -188,10 +188,9 @@ def undo_copy(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> 
     last."""
     store = compose.open_store(args["store"])
     try:
-        name, ident = layout.manifest_name(args["backup"]), args["backup"]
+        ident = args["backup"]
         with closing(Repository.open(store, instance.cache_dir)) as repository:
-            take_back_late(repository, ident)
-            if store.exists(name):
+            if settle_dead(repository, ident):
                 catalog.add_backup(read_manifest(repository, ident, args["name"]).backup)
             stores.remove_unfinished(repository, ident)
     finally:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, closing
 from offload import compose
 from offload.catalog.store import Catalog
 from offload.engine.deletions import deletions_of
-from offload.engine.fences import look_for_fences
+from offload.engine.fences import was_given_up
 from offload.engine.repository import Repository
 from offload.errors import BusyError, NotFoundError, OffloadError
 from offload.format import layout
@@ -102,7 +102,14 @@ def hold(ctx: Context, prefixes: Sequence[str], reason: str = "") -> list[LegalH
             step("hold.placed")
             op.done(f"hold-{number}")
         _confirm(repository, backup)
-        placed.append(note(ctx, backup.store, repository)[backup.id])
+        found = note(ctx, backup.store, repository).get(backup.id)
+        if found is None:
+            raise NotFoundError(
+                f"the hold on backup {backup.id} was released by another command meanwhile",
+                code="not-held",
+                hint="see: offload backup list",
+            )
+        placed.append(found)
 
     _each(ctx, "backup-hold", prefixes, one)
     return placed
@@ -122,8 +129,8 @@ def _confirm(repository: Repository, backup: Backup) -> None:
                 code="unknown-backup",
                 hint="see what is there with: offload backup list",
             )
-        if look_for_fences(store, backup.id):
-            found.append("a prune is giving up who wrote it")
+        if was_given_up(store, backup.id):
+            found.append("a prune has given up who wrote it")
         if not found:
             return
     raise BusyError(

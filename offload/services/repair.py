@@ -39,6 +39,7 @@ from offload.engine.packwriter import Compressor, PackWriter
 from offload.engine.pins import drop_pin
 from offload.engine.quarantine import note_of
 from offload.engine.repository import Repository
+from offload.engine.retention_lock import lock_mended
 from offload.engine.writing import writing
 from offload.errors import IntegrityError, NotFoundError, OffloadError
 from offload.format import layout
@@ -114,6 +115,7 @@ def _mend(ctx: Context, store: str, repository: Repository, run: _Repair) -> Non
             batches = Batches(op, repository, free)
             while run.look(batches.writer):
                 pass
+            lock_mended(repository)
 
 
 class _Repair:

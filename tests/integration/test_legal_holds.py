@@ -10,7 +10,7 @@ import pytest
 
 from offload.catalog.store import Catalog
 from offload.engine.repository import Repository
-from offload.engine.writing import take_back_late
+from offload.engine.writing import settle_dead
 from offload.errors import BusyError, IntegrityError, NotFoundError, PrivilegeError
 from offload.format import layout
 from offload.format.layout import encode_parameters, new_parameters
@@ -263,10 +263,10 @@ def test_writer_that_takes_its_backup_back_leaves_it_where_there_is_a_hold(ctx: 
     _objects(ctx).put(layout.fence_name(ident, "pother0000"), [b"of a prune"])
     with stores.opened(ctx, "main", exclusive=False) as repository:
         _objects(ctx).put(layout.hold_name(ident), [b"of another host"])
-        take_back_late(repository, ident)
+        assert settle_dead(repository, ident)
         assert repository.store.exists(layout.manifest_name(ident))
         _objects(ctx).delete(layout.hold_name(ident))
-        take_back_late(repository, ident)
+        assert not settle_dead(repository, ident)
         assert not repository.store.exists(layout.manifest_name(ident))
 
 
