@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from offload.errors import BusyError, IntegrityError, NotFoundError
 from offload.store import Buffer, ObjectInfo
@@ -31,8 +32,13 @@ def _nothing() -> None:
     pass
 
 
-def newest(before: Objects, after: Objects) -> Objects:
-    """Of two looks at a folder, what a listing tells: here the later one."""
+Found = TypeVar("Found")
+Torn = Callable[[dict[str, Found], dict[str, Found]], dict[str, Found]]
+"""What a listing tells that was not one instant: of the objects at its begin and at its end."""
+
+
+def newest(before: dict[str, Found], after: dict[str, Found]) -> dict[str, Found]:
+    """Only the later ones."""
     del before
     return after
 
@@ -50,26 +56,41 @@ Objects = dict[str, StoredObject]
 
 @dataclass
 class Place:
-    """Where the objects of one store are.
-
-    `clock` is the store's own. `torn` says what a listing tells that was not one instant: of the
-    objects at its begin and at its end.
-    """
+    """Where the objects of one store are. `clock` is the store's own, and may jump."""
 
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     gate: Gate = open_gate
-    torn: Callable[[Objects, Objects], Objects] = newest
+    torn: Torn[StoredObject] = newest
     objects: Objects = field(default_factory=dict)
     _last: datetime = field(default_factory=lambda: datetime.fromtimestamp(0, UTC))
+    _ticks: int = 0
 
     def stamp(self) -> datetime:
-        """The clock, never twice the same."""
-        self._last = max(self.clock(), self._last + _TICK)
-        return self._last
+        """The clock; while it stands still, never twice the same."""
+        now = self.clock()
+        self._ticks = self._ticks + 1 if now == self._last else 0
+        self._last = now
+        return now + self._ticks * _TICK
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Objects below a prefix and their bytes, past the gate."""
         return {n: len(o.data) for n, o in sorted(self.objects.items()) if n.startswith(prefix)}
+
+    def has(self, name: str) -> bool:
+        """Whether an object is there, past the gate."""
+        return name in self.objects
+
+    def newest(self, prefix: str) -> datetime | None:
+        """When the newest object below a prefix was put, past the gate."""
+        found = (o.modified for n, o in self.objects.items() if n.startswith(prefix))
+        return max(found, default=None)
+
+    def flip(self, name: str, at: int) -> None:
+        """Damage one byte."""
+        known = self.objects[name]
+        data = bytearray(known.data)
+        data[at] ^= 4
+        self.objects[name] = replace(known, data=bytes(data))
 
 
 PLACES: dict[str, Place] = {}  # by URL

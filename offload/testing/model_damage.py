@@ -4,28 +4,32 @@ repair must mend it, or say exactly what is lost."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from offload.format import layout
 from offload.services.verify import Problem
-from offload.testing.memory_store import StoredObject
+from offload.testing.model_attack import check_attacked
 from offload.testing.model_hosts import Host
+from offload.testing.model_schedule import Actor
 from offload.testing.model_world import Record, ViolationError, World
 
-Do = Callable[[str, Callable[[], object]], None]
-"""Have a host do something, named, to its end."""
+Alone = Callable[[Actor], None]
+"""Have an actor come to its end, and nobody else."""
 
 
-def rot(world: World, host: Host, do: Do) -> None:
+def rot(world: World, host: Host, alone: Alone) -> None:
     """Damage packs of the first store, verify, repair from what there is in the second, verify
     again."""
+
+    def do(what: str, job: Callable[[], object]) -> None:
+        alone(world.simple(host, what, job))
+
     place, choose = world.places["main"], world.chooser
     if choose.chance(2):
         do("copy", host.copy)  # else there may be older copies, or none
     packs = list(place.sizes(layout.PACKS))
     for name in choose.sample(packs, min(len(packs), choose.choice((1, 3)))):
-        at = choose.randrange(len(place.objects[name].data))
-        place.objects[name] = _flipped(place.objects[name], at)
+        at = choose.randrange(place.sizes(layout.PACKS)[name])
+        place.flip(name, at)
         world.say(f"{world.steps}: byte {at} of {name} is damaged")
     unreadable = _unreadable(world)
     world.say(f"{world.steps}: unreadable are {sorted(unreadable)}")
@@ -35,12 +39,19 @@ def rot(world: World, host: Host, do: Do) -> None:
     left = _unreadable(world)
     _same(left, lost, "repair calls lost")
     do("verify", lambda: _same(left, host.verify("main").problems, "verify says after a repair"))
+    if world.firm("main"):
+        for ident in left:
+            world.records[ident].reported = False
+        _go_on(world, alone)
 
 
-def _flipped(known: StoredObject, at: int) -> StoredObject:
-    data = bytearray(known.data)
-    data[at] ^= 4
-    return replace(known, data=bytes(data))
+def _go_on(world: World, alone: Alone) -> None:
+    """Backups take over what was mended until its own lock is over: it must be extended."""
+    for _ in range(5):
+        for each in world.hosts:
+            alone(world.back_up(each))
+        world.tick(15 * 60)
+        check_attacked(world)
 
 
 def _unreadable(world: World) -> set[str]:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from offload.config import load_config
 from offload.retention import KeepRules
 from offload.services.backup import backup
 from offload.services.backups import delete
@@ -21,6 +22,7 @@ from offload.services.prune import PruneReport, prune
 from offload.services.repair import RepairReport, repair
 from offload.services.stores import CheckReport, check
 from offload.services.verify import VerifyReport, verify
+from offload.storespec import StoreSpec
 from offload.testing.model_schedule import Chooser
 
 _Result = TypeVar("_Result")
@@ -44,13 +46,7 @@ path = "{folder}/{name}.raw"
 volumes = ["{name}"]
 atomic = "record"
 
-[stores.main]
-kind = "disk"
-path = "{main}"
-shared = true
-min_free = "0%"
-grace = "{grace}s"
-
+{main}
 [stores.away]
 kind = "disk"
 path = "{away}"
@@ -58,6 +54,51 @@ shared = true
 min_free = "0%"
 grace = "0s"
 """
+
+_FOLDER = """
+[stores.main]
+kind = "disk"
+path = "{path}"
+shared = true
+min_free = "0%"
+grace = "{grace}s"
+"""
+
+_BUCKET = """
+[stores.main]
+kind = "s3"
+bucket = "{bucket}"
+grace = "{grace}s"
+
+[stores.main.lock]
+mode = "compliance"
+retain = "20m"
+generation = "20m"
+max = "3h"
+"""
+
+_KEY = """
+[stores.main.key]
+file = "{key}"
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What the store `main` is like: a name of `KINDS`, with a key or without."""
+
+    name: str
+    key: Path | None
+    grace_s: float
+
+
+def main_store(kind: Kind, path: str) -> str:
+    """Its table."""
+    table = _BUCKET if kind.name == "locked" else _FOLDER
+    text = table.format(
+        path=path, bucket=path.strip("/").replace("/", "-"), grace=int(kind.grace_s)
+    )
+    return text + (_KEY.format(key=kind.key) if kind.key else "")
 
 
 @dataclass
@@ -70,13 +111,11 @@ class Host:
     skew: timedelta
     busy: bool = False
 
-    def make(self, main: str, away: str, grace_s: float) -> None:
-        """Its files."""
+    def make(self, main: str, away: str) -> None:
+        """Its files. `main` is the table of the store that all share, `away` a folder."""
         self.folder.mkdir()
         self.config.write_text(
-            _CONFIG.format(
-                folder=self.folder, name=self.name, main=main, away=away, grace=int(grace_s)
-            )
+            _CONFIG.format(folder=self.folder, name=self.name, main=main, away=away)
         )
         data = bytearray(self.chooser.randbytes(SIZE))
         data[3 * CHUNK : 6 * CHUNK] = bytes(3 * CHUNK)
@@ -86,6 +125,10 @@ class Host:
     def config(self) -> Path:
         """Its configuration."""
         return self.folder / "offload.toml"
+
+    def spec(self, store: str) -> StoreSpec:
+        """How it opens a store."""
+        return load_config(self.config).store(store).spec()
 
     @property
     def volume(self) -> Path:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from offload.engine import pins, sweep, writing
+from offload.engine.lockledger import LockLedger
 from offload.engine.mark import Marker
+from offload.engine.retention_lock import _Lock
 from offload.engine.tombstones import Sight
 from offload.format import layout
 from offload.ids import new_id
-from offload.services import prune_wait
+from offload.services import backups, legalholds, prune, prune_wait
 from offload.services.prune import _Prune
 from offload.testing.model_patches import replace_in
 
@@ -23,6 +25,7 @@ def _no_rescue() -> None:
 def _no_look_for_fences() -> None:
     """A writer does not ask whether it was given up."""
     replace_in(writing, "look_for_fences", lambda *_: False)
+    replace_in(writing, "was_given_up", lambda *_: False)
     replace_in(pins, "look_for_fences", lambda *_: False)
 
 
@@ -60,6 +63,52 @@ def _index_before_content() -> None:
     replace_in(sweep, "_replace", replaced)
 
 
+def _hold_before_note() -> None:
+    """A deletion looks for a hold, and says only then that it has begun."""
+
+    def taken(repository: Any, backup: str, deletion: str) -> bool:
+        store = repository.store
+        if store.exists(layout.hold_name(backup)):
+            return False
+        repository.put_sealed(layout.deletion_name(backup, deletion), {"backup": backup})
+        store.delete(layout.manifest_name(backup))
+        return True
+
+    replace_in(backups, "take_away", taken)
+
+
+def _hold_without_waiting() -> None:
+    """Who places a hold sees that the manifest is there, and asks for nothing else."""
+    replace_in(legalholds, "deletions_of", lambda *_: [])
+
+
+def _one_note_for_all() -> None:
+    """Two deletions of one backup share a note, and one takes away the other's."""
+    replace_in(layout, "deletion_name", lambda backup, _: f"{layout.deletions_folder(backup)}d")
+
+
+def _notes_of_others_withdrawn() -> None:
+    """A prune takes away the notes of deletions that seem to have been left."""
+
+    def sweep(store: Any, _now: object) -> None:
+        for name in list(store.list(layout.DELETED)):
+            backup = name.removeprefix(layout.DELETED).partition("/")[0]
+            if store.exists(layout.manifest_name(backup)):
+                store.delete(name)
+
+    replace_in(prune, "sweep_deletions", sweep)
+
+
+def _locks_not_extended() -> None:
+    """What a backup takes over from its parent keeps its date."""
+    replace_in(_Lock, "_one", lambda *_: None)
+
+
+def _mending_not_noted() -> None:
+    """Which packs trees need is remembered over a repair."""
+    replace_in(LockLedger, "trees_under", lambda *_: None)
+
+
 MUTANTS: dict[str, Callable[[], None]] = {
     "no-rescue": _no_rescue,
     "no-look-for-fences": _no_look_for_fences,
@@ -67,4 +116,10 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "readers-ignored": _readers_ignored,
     "void-without-looking": _void_without_looking,
     "index-before-content": _index_before_content,
+    "hold-before-note": _hold_before_note,
+    "hold-without-waiting": _hold_without_waiting,
+    "one-note-for-all": _one_note_for_all,
+    "notes-of-others-withdrawn": _notes_of_others_withdrawn,
+    "locks-not-extended": _locks_not_extended,
+    "mending-not-noted": _mending_not_noted,
 }

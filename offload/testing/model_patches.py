@@ -11,19 +11,24 @@ import datetime as dt
 import random
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import offload.ids
 from offload import compose
-from offload.engine import packwriter, pins, work
+from offload.engine import packwriter, pins, retention_lock, work
 from offload.engine.packwriter import PackWriter
 from offload.engine.pins import HeldPin, Pin
 from offload.journal import Operation, Undo
+from offload.services import legalholds
+from offload.stores import s3_lock
 from offload.testing.backup_site import PROVIDER
 from offload.testing.model_schedule import Killed, current
 
 Now = Callable[[], dt.datetime]
+
+_PATIENT = 10  # looks of who waits, and turns between two of them
+_PAUSE = 5
 
 
 class _NoThread:
@@ -82,6 +87,28 @@ class _InlineQueue:
             writer._room.release()
 
 
+class _InlineCrew:
+    """A pool whose work is done by whoever hands it out."""
+
+    def __enter__(self) -> _InlineCrew:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        return [work(item) for item in items]
+
+
+class _Time:
+    """`time` by the clock of the model."""
+
+    def __init__(self, now: Now) -> None:
+        self._now = now
+
+    def monotonic(self) -> float:
+        return self._now().timestamp()
+
+
 class _Ids:
     """`secrets` for ids, with a seed."""
 
@@ -101,7 +128,11 @@ def install(chooser: random.Random, now: Now, machine: Callable[[], str]) -> Non
     replace_in(packwriter, "threading", _Threading(_NoThread))
     replace_in(pins, "threading", _Threading(_NoThread))
     replace_in(random, "SystemRandom", lambda: chooser)
-    compose.STORES["disk"] = "offload.testing.memory_store:MemoryStore"
+    replace_in(retention_lock, "_crew", lambda _: _InlineCrew())
+    replace_in(s3_lock, "time", _Time(now))
+    replace_in(legalholds, "_attempts", _attempts)
+    compose.STORES["disk"] = "offload.testing.model_places:open_folder"
+    compose.STORES["s3"] = "offload.testing.versioned_store:VersionedMemoryStore"
     compose.PROVIDERS["copy"] = PROVIDER
     _packs_are_put_inline()
     _the_dead_take_nothing_back()
@@ -117,6 +148,16 @@ def _packs_are_put_inline() -> None:
         replace_in(writer, "_queue", _InlineQueue(writer))
 
     replace_in(PackWriter, "__init__", init)
+
+
+def _attempts() -> Iterator[None]:
+    """Who waits for another's end lets others go on."""
+    actor = current()
+    for _ in range(_PATIENT):
+        yield
+        for _ in range(_PAUSE):
+            if actor is not None:
+                actor.gate("idle", "")()
 
 
 def _the_dead_take_nothing_back() -> None:

@@ -20,15 +20,24 @@ from pathlib import Path
 
 from offload.format import layout
 from offload.retention import KeepRules
+from offload.testing.model_attack import check_attacked
 from offload.testing.model_damage import rot
 from offload.testing.model_hosts import Host
 from offload.testing.model_mutants import MUTANTS
+from offload.testing.model_places import KINDS
 from offload.testing.model_schedule import Actor
 from offload.testing.model_world import STORES, ViolationError, World
 
 _MOST = 5  # actors at once
+_SELDOM, _HOT = 25, 4  # one operation in so many begins something; while a backup is being deleted
+_HOT_STALL = 2  # of so many operations that matter, a deletion stands still before one
 _DEEP = 600  # operations between two readings of everything
 _PATIENCE = 60_000  # operations of one command
+_REST_S = 45 * 86400  # until all pins and locks are over, and no backup is dated in the future
+_COMMANDS = (
+    ("backup", "prune", "delete", "hold", "copy", "recover", "catch-up", "prune-away", "verify"),
+    (35, 35, 6, 4, 4, 10, 6, 3, 2),
+)
 
 
 class Game:
@@ -55,27 +64,30 @@ class Game:
             if (actor.ended and before == "prune") or world.steps > deep:
                 deep = world.steps + _DEEP
                 world.check_whole(world.must_be())
+                check_attacked(world)
         self.settle()
-        host = world.hosts[0]
-        rot(world, host, lambda what, job: self._alone(world.simple(host, what, job)))
+        rot(world, world.hosts[0], self._alone)
 
     def _begin_something(self) -> None:
         world, choose = self.world, self.world.chooser
-        if len(world.actors) >= _MOST or (world.actors and not choose.chance(25)):
+        often = _HOT if next(world.holds.contested(), None) else _SELDOM
+        if len(world.actors) >= _MOST or (world.actors and not choose.chance(often)):
             return
         host = choose.choice(world.hosts)
-        if choose.chance(4):
+        if next(world.holds.contested(), None) and not host.busy and choose.chance(2):
+            begin = world.holds.delete if choose.chance(4) else world.holds.hold
+            host.busy = begin(host) is not None
+        elif choose.chance(4):
             world.read(host, slowly=choose.chance(2))
         elif not host.busy:
             host.busy = self._command(host) is not None
 
     def _command(self, host: Host) -> Actor | None:
         world = self.world
-        what = world.chooser.choices(
-            ("backup", "prune", "delete", "hold", "copy", "recover", "catch-up", "prune-away",
-             "verify"),
-            (35, 35, 6, 4, 4, 10, 6, 3, 2),
-        )[0]  # fmt: skip
+        choose = world.chooser
+        what = choose.choices(*_COMMANDS)[0]
+        if choose.random() < world.temper.quarrel:
+            what = choose.choice(("delete", "delete", "hold", "hold", "backup"))
         match what:
             case "backup":
                 return world.back_up(host)
@@ -84,9 +96,9 @@ class Game:
             case "prune-away":
                 return world.prune(host, "away")
             case "delete":
-                return world.delete(host)
+                return world.holds.delete(host)
             case "hold":
-                return world.hold(host)
+                return world.holds.hold(host)
             case "copy":
                 return world.simple(host, "copy", host.copy)
             case "recover":
@@ -118,8 +130,9 @@ class Game:
         if actor not in awake or choose.random() > world.temper.stick:
             actor = choose.choice(awake)
         assert actor is not None  # noqa: S101 - for mypy
-        if choose.chance(world.temper.stall):
-            actor.stalled_until = world.steps + choose.choice((30, 300, 1500))
+        hot = world.holds.is_about_to_delete(actor) and choose.chance(_HOT_STALL)
+        if hot or choose.chance(world.temper.stall):
+            actor.stalled_until = world.steps + choose.choice((60,) if hot else (30, 300, 1500))
             world.say(f"{world.steps}: {actor.name} stands still at {' '.join(actor.at)}")
         self.last = actor
         return actor
@@ -130,14 +143,15 @@ class Game:
         """All wake up and end; recovery; then prunes free all that nobody needs."""
         world = self.world
         calm = world.temper
-        calm.kill = calm.lose = calm.stall = 1e12
+        calm.kill = calm.lose = calm.stall = calm.jump = 1e12
+        world.clocks_are_put_right()
         world.say(f"{world.steps}: everybody comes to an end")
         while world.actors:
             world.move(world.chooser.choice(world.actors))
         world.check_whole(world.must_be())
         for host in world.hosts:
             self._alone(world.simple(host, "recover", host.recover))
-        world.tick(3 * 3600)
+        world.tick(_REST_S)
         for store in STORES * 3:
             host = world.chooser.choice(world.hosts)
             self._alone(world.simple(host, "check", partial(host.catch_up, store)))
@@ -177,12 +191,15 @@ class Game:
             raise ViolationError(f"{store}: {would.freed_bytes} bytes are still to be freed")
 
 
-def play(seed: int, steps: int, log: list[str]) -> str:
+def play(chosen: argparse.Namespace, seed: int, log: list[str]) -> str:
     """One seed; the digest of its log. ViolationError, or whatever the program raises."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - nobody reads it
     with tempfile.TemporaryDirectory(dir=base, prefix="model-") as folder:
-        world = World(Path(folder), seed, log.append)
-        Game(world).play(steps)
+        world = World(
+            Path(folder), seed, log.append,
+            kind=chosen.store, encrypted=chosen.encrypted, clocks=chosen.clocks,
+        )  # fmt: skip
+        Game(world).play(chosen.steps)
     told = re.sub(r"pid \d+", "pid", "\n".join(log))
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
@@ -197,6 +214,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--store", choices=KINDS, default="memory")
+    parser.add_argument("--encrypted", action="store_true")
+    parser.add_argument("--clocks", action="store_true", help="wrong by weeks, and they jump")
     parser.add_argument("--patience", type=float, default=120.0)
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="with a rule taken out")
     parser.add_argument("--first", action="store_true", help="end with the first that fails")
@@ -207,9 +227,7 @@ def main() -> int:
     context = multiprocessing.get_context("fork")  # what a world patches goes with its process
     status = 0
     for seed in _seeds(chosen.seeds):
-        child = context.Process(
-            target=_one, args=(seed, chosen.steps, chosen.tail, chosen.patience)
-        )
+        child = context.Process(target=_one, args=(seed, chosen))
         child.start()
         child.join()
         status = status or int(child.exitcode != 0)
@@ -218,17 +236,17 @@ def main() -> int:
     return status
 
 
-def _one(seed: int, steps: int, tail: int, patience: float) -> None:
+def _one(seed: int, chosen: argparse.Namespace) -> None:
     """One seed in a process of its own, which ends with 1 if anything was violated."""
     log: list[str] = []
     failed = False
-    faulthandler.dump_traceback_later(patience, exit=True, file=sys.stdout)
+    faulthandler.dump_traceback_later(chosen.patience, exit=True, file=sys.stdout)
     try:
-        digest = play(seed, steps, log)
+        digest = play(chosen, seed, log)
         print(f"seed {seed}: {len(log)} events, {digest}")
     except Exception:  # noqa: BLE001 - shown with the log that led to it
         failed = True
-        print("\n".join(log[-tail:]))
+        print("\n".join(log[-chosen.tail :]))
         traceback.print_exc(file=sys.stdout)
         print(f"seed {seed}: FAILED after {len(log)} events")
     sys.stdout.flush()

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from offload import compose
 from offload.engine import pins
@@ -23,22 +23,26 @@ from offload.engine.readimage import StoredImage
 from offload.engine.repository import Repository
 from offload.errors import IntegrityError, OffloadError
 from offload.format import layout
-from offload.format.layout import encode_parameters, new_parameters
-from offload.ids import new_id
 from offload.retention import KeepRules
 from offload.services.backup import _Run
 from offload.services.copy_plan import Copied
 from offload.services.copying import Copying
 from offload.services.prune import _Prune
-from offload.storespec import StoreSpec
 from offload.testing import model_patches
-from offload.testing.memory_store import PLACES, MemoryStore, Objects, Place
-from offload.testing.model_hosts import CHUNK, SIZE, Host
+from offload.testing.model_holds import Holds
+from offload.testing.model_hosts import CHUNK, SIZE, Host, Kind, main_store
 from offload.testing.model_patches import replace_in
+from offload.testing.model_places import AnyPlace, make_place, make_store
 from offload.testing.model_schedule import Actor, Chooser, Fate, current
+from offload.testing.versioned_store import VersionedPlace
 
 STORES = ("main", "away")
 _BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+_USUAL = (0, 0, 1, -400, 400)  # seconds that the clock of a host is wrong by
+_WILD = (0, -400, 7200, -7200, 86400 * 20, -86400 * 20)
+_JUMPS = (0, 0, 30, -30, 4000, -4000, 86400 * 90, -86400 * 90)  # of stores: less than a year apart
+
+_Found = TypeVar("_Found")
 
 
 class ViolationError(Exception):
@@ -54,7 +58,12 @@ class Record:
     data: bytes
     reported: bool = False
     going: bool = False  # somebody has decided to forget it
-    held: bool = False
+    held: bool = False  # somebody was told so
+    releases: int = 0  # begun and ended
+
+    def told(self) -> str:
+        """What somebody was told of it."""
+        return "which is held" if self.held else "which was reported"
 
 
 @dataclass
@@ -66,25 +75,39 @@ class Temper:
     stall: float
     grace_s: float
     tick: float  # while somebody stands still, the clock moves by minutes
+    quarrel: float  # how likely it is that deletions and holds are chosen over the rest
+    jump: float  # how often, when time passes, the clock of a store jumps
     stick: float  # how likely the same actor goes on
 
 
 class World:
     """See the module. `say` gets a line for each thing that happens."""
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        say: Callable[[str], None],
+        *,
+        kind: str = "memory",
+        encrypted: bool = False,
+        clocks: bool = False,
+    ) -> None:
         self.chooser = Chooser(seed)
         self.hosts: list[Host] = []
         self.say = say
         self.folder = folder
         self.clock = _BEGAN
-        self.store_skew = timedelta()
+        self.store_skew = dict.fromkeys(STORES, timedelta())
         self.records: dict[str, Record] = {}
         self.actors: list[Actor] = []
         self.by_pin: dict[str, Actor] = {}
         self.pins: dict[str, list[HeldPin]] = {}  # by actor
+        self.renewed: dict[str, datetime] = {}
         self.count = 0  # of actors
         self.steps = 0
+        self.attacks = 0
+        self.jumped = False  # the clock of a store, at some time
         self.raw = False  # whether the world itself looks, past all gates
         choose = self.chooser
         self.temper = Temper(
@@ -94,12 +117,19 @@ class World:
             grace_s=choose.choice((0, 0, 3600)),
             tick=choose.choice((12, 100, 1000)),
             stick=choose.choice((0.3, 0.8, 0.95)),
+            quarrel=choose.choice((0, 0, 0.9)),
+            jump=choose.choice((2, 10, 30)) if clocks else 1e9,
         )
         self._install()
+        self.holds = Holds(self)
+        self.skews = _WILD if clocks else _USUAL
         self.known = [choose.randbytes(CHUNK) for _ in range(choose.choice((20, 60)))]
-        self.urls = {name: f"/model-{seed}/{name}" for name in STORES}
-        self.places = {name: self._place(url) for name, url in self.urls.items()}
-        self.hosts += [self._host(n) for n in range(choose.choice((2, 3, 3)))]
+        main = f"{folder}/main" if kind == "disk" else f"/model-{seed}/main"
+        key = folder / "key" if encrypted else None
+        table = main_store(Kind(name=kind, key=key, grace_s=self.temper.grace_s), main)
+        away = f"/model-{seed}/away"
+        self.hosts += [self._host(n, table, away) for n in range(choose.choice((2, 3, 3)))]
+        self.places = {name: self._place(name, kind) for name in STORES}
 
     # -- making it ---------------------------------------------------------------------------------
 
@@ -110,24 +140,24 @@ class World:
         self._watch_writers()
         self._watch_prunes()
 
-    def _place(self, url: str) -> Place:
-        place = Place(clock=lambda: self.clock + self.store_skew, gate=self._gate, torn=self._torn)
-        PLACES[url] = place
-        made = replace(
-            new_parameters(chunk_bytes=CHUNK, page_entries=4, pack_bytes=12 << 10),
-            store_id=new_id(),
-            id_key=self.chooser.randbytes(32),
+    def _place(self, name: str, kind: str) -> AnyPlace:
+        spec = self.hosts[0].spec(name)
+        place = make_place(
+            kind if name == "main" else "memory",
+            spec.url,
+            lambda: self.clock + self.store_skew[name],
+            self._gate,
+            self._torn,
         )
         with self.looking():
-            raw = encode_parameters(made)
-            MemoryStore(StoreSpec(url=url)).put(layout.STORE_OBJECT, [raw])
+            make_store(spec, self.chooser)
         return place
 
-    def _host(self, number: int) -> Host:
-        skew = timedelta(seconds=self.chooser.choice((0, 0, 1, -400, 400)))
+    def _host(self, number: int, main: str, away: str) -> Host:
+        skew = timedelta(seconds=self.chooser.choice(self.skews))
         name = f"h{number}"
         host = Host(name=name, folder=self.folder / name, chooser=self.chooser, skew=skew)
-        host.make(self.urls["main"], self.urls["away"], self.temper.grace_s)
+        host.make(main, away)
         return host
 
     @contextmanager
@@ -149,7 +179,7 @@ class World:
             return actor.passes()
         return actor.gate(verb, name)
 
-    def _torn(self, before: Objects, after: Objects) -> Objects:
+    def _torn(self, before: dict[str, _Found], after: dict[str, _Found]) -> dict[str, _Found]:
         """A listing that is not one instant."""
         both = {n: o for n, o in after.items() if n in before}
         either = {n: o for n, o in {**before, **after}.items() if n not in both}
@@ -173,6 +203,7 @@ class World:
         actor = current()
         if actor is not None:
             self.by_pin[pin.id] = actor
+            self.renewed[pin.id] = self.clock
             self.pins.setdefault(actor.name, []).append(pin)
 
     def _watch_writers(self) -> None:
@@ -207,6 +238,7 @@ class World:
                 if known.id in held and known.held:
                     raise ViolationError(f"a prune forgets {known.id}, on which there is a hold")
                 known.going = True
+                self.holds.deleting([known.id])
             return verdicts
 
         replace_in(_Prune, "_judge", judged)
@@ -214,39 +246,37 @@ class World:
     # -- time --------------------------------------------------------------------------------------
 
     def tick(self, seconds: float) -> None:
-        """Time passes; whose pin has expired is late."""
+        """Time passes, and the clocks of stores may jump; whose pin has expired is late."""
         self.clock += timedelta(seconds=seconds)
+        if self.chooser.chance(self.temper.jump):
+            self.jumped = True
+            store = self.chooser.choice(STORES)
+            self.store_skew[store] = timedelta(seconds=self.chooser.choice(_JUMPS))
+            self.say(f"{self.steps}: the clock of {store} is off by {self.store_skew[store]}")
         for place in self.places.values():
             now = place.clock()
-            for name, known in place.objects.items():
-                if not name.startswith(layout.PINS):
-                    continue
-                ident = name.removeprefix(layout.PINS).rpartition(".")[0]
-                actor = self.by_pin.get(ident)
-                newest = max(
-                    o.modified for n, o in place.objects.items()
-                    if n.startswith(f"{layout.PINS}{ident}.")
-                )  # fmt: skip
-                del known
-                if actor and now >= newest + timedelta(seconds=3600):
+            for ident in {n.removeprefix(layout.PINS)[:-7] for n in place.sizes(layout.PINS)}:
+                actor, newest = self.by_pin.get(ident), place.newest(f"{layout.PINS}{ident}.")
+                if actor and newest and now >= newest + timedelta(seconds=3600):
                     actor.late = True
+
+    def clocks_are_put_right(self) -> None:
+        """Those of stores: they agree, and are later than they have ever been."""
+        if self.jumped:
+            self.store_skew = dict.fromkeys(STORES, timedelta(seconds=max(_JUMPS)))
 
     def renew(self, actor: Actor) -> None:
         """What the thread of a pin does: its turn is between two operations of its process."""
         for pin in self.pins.get(actor.name, []):
             if pin._ended.is_set() or pin._given_up or pin._mutex.locked():
                 continue
-            place = PLACES[pin.repository.store.url]
-            mine = [
-                o.modified for n, o in place.objects.items()
-                if n.startswith(f"{layout.PINS}{pin.id}.")
-            ]  # fmt: skip
-            if mine and place.clock() < max(mine) + timedelta(seconds=pin.lifetime_s / 4):
+            if self.clock < self.renewed[pin.id] + timedelta(seconds=pin.lifetime_s / 4):
                 continue
             actor.before_go = None
             try:
                 with pin._mutex:
                     pin._put()
+                self.renewed[pin.id] = self.clock  # whatever the clock of the store says
                 pin._given_up = model_look(pin)
             except OffloadError as error:
                 self.say(f"  {actor.name}: pin not renewed: {error.message}")
@@ -257,16 +287,18 @@ class World:
 
     def must_be(self) -> list[Record]:
         """Backups that must be whole now."""
-        return [r for r in self.records.values() if r.reported and not r.going]
+        return [r for r in self.records.values() if r.reported and (r.held or not r.going)]
 
     def check_listed(self) -> None:
-        """Cheap: each has its manifest, and no void."""
-        for record in self.must_be():
-            objects = self.places[record.store].objects
-            if layout.manifest_name(record.id) not in objects:
-                raise ViolationError(f"the manifest of {record.id} is gone")
-            if layout.void_name(record.id) in objects:
-                raise ViolationError(f"{record.id} was reported and is void")
+        """Cheap: each has its manifest, and no void; so has what is held, reported or not."""
+        for record in self.records.values():
+            if not record.held and (record.going or not record.reported):
+                continue
+            place = self.places[record.store]
+            if not place.has(layout.manifest_name(record.id)):
+                raise ViolationError(f"the manifest of {record.id} is gone, {record.told()}")
+            if place.has(layout.void_name(record.id)) and not self.firm(record.store):
+                raise ViolationError(f"{record.id} is void, {record.told()}")
 
     def check_whole(self, records: list[Record]) -> None:
         """Each can be read by who opens the store now, bit for bit."""
@@ -278,11 +310,12 @@ class World:
                 repository = self.open(store, "checker")
                 try:
                     for record in mine:
-                        self._whole(repository, record)
+                        self.check_record(repository, record)
                 finally:
                     repository.close()
 
-    def _whole(self, repository: Repository, record: Record) -> None:
+    def check_record(self, repository: Repository, record: Record) -> None:
+        """One backup reads as it should."""
         try:
             (image,) = read_manifest(repository, record.id).backup.images
             root = bytes.fromhex(image.root)
@@ -294,10 +327,12 @@ class World:
 
     def open(self, store: str, who: str) -> Repository:
         """The store, with an index of its own."""
-        return Repository.open(
-            compose.open_store(StoreSpec(url=self.urls[store], options={"shared": "yes"})),
-            self.folder / f"cache-{who}",
-        )
+        spec = self.hosts[0].spec(store)
+        return Repository.open(compose.open_store(spec), self.folder / f"cache-{who}")
+
+    def firm(self, store: str) -> bool:
+        """Whether object lock makes voids count for nothing."""
+        return isinstance(self.places[store], VersionedPlace)
 
     # -- actors ------------------------------------------------------------------------------------
 
@@ -354,42 +389,6 @@ class World:
 
         return self.spawn(host, "prune", job)
 
-    def delete(self, host: Host) -> Actor | None:
-        """Delete a backup that the host knows."""
-        known = self._known(host)
-        if known is None:
-            return None
-
-        def job(_: Actor) -> None:
-            if not known.held:
-                known.going = True
-            host.delete(known.id)
-            if known.held and not known.going:
-                raise ViolationError(f"{known.id} was deleted; there is a hold on it")
-
-        return self.spawn(host, "delete", job)
-
-    def hold(self, host: Host) -> Actor | None:
-        """Place a hold, or end it."""
-        known = self._known(host)
-        if known is None:
-            return None
-
-        def job(_: Actor) -> None:
-            if self.chooser.chance(2):
-                host.hold(known.id)
-                known.held = True
-            else:
-                known.held = False
-                host.release(known.id)
-
-        return self.spawn(host, "hold", job)
-
-    def _known(self, host: Host) -> Record | None:
-        with self.looking():
-            here = [self.records[i] for i in host.known("main") if i in self.records]
-        return self.chooser.choice(here) if here else None
-
     def read(self, host: Host, *, slowly: bool) -> Actor | None:
         """A restore, or a view that is read now and then."""
         there = [r for r in self.records.values() if r.reported]
@@ -436,6 +435,7 @@ class World:
         """Take notice of an actor that has ended."""
         self.actors.remove(actor)
         self.pins.pop(actor.name, None)
+        self.holds.ended(actor)
         for host in self.hosts:
             if host.name == actor.host and actor.what not in ("view", "restore"):
                 host.busy = False
@@ -467,15 +467,6 @@ class World:
             and choose.chance(4)
         ):
             self.check_whole(self.must_be())
-
-
-def _pin_of(name: str) -> str:
-    return name.removeprefix(layout.PINS).rpartition(".")[0]
-
-
-def _renewed(place: Place, ident: str) -> datetime | None:
-    found = [o.modified for n, o in place.objects.items() if n.startswith(f"{layout.PINS}{ident}.")]
-    return max(found, default=None)
 
 
 def model_look(pin: HeldPin) -> bool:

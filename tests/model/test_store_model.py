@@ -15,21 +15,34 @@ import pytest
 
 from offload import run
 
-SEEDS = os.environ.get("OFFLOAD_TEST_SEEDS", "1-16")
-STEPS = int(os.environ.get("OFFLOAD_TEST_STEPS", "1500"))
+LONG = os.environ.get("OFFLOAD_TEST_SEEDS")
+STEPS = os.environ.get("OFFLOAD_TEST_STEPS")
 KEPT = [
-    line.split()
+    line.partition("#")[0].split()
     for line in Path(__file__).with_name("seeds.txt").read_text(encoding="utf-8").splitlines()
-    if line and not line.startswith("#")
+    if not line.startswith("#")
 ]
 
+KINDS = {  # of stores, and of what goes wrong; seeds and steps of a quick run
+    "memory": ((), "1-12", "1500"),
+    "folder, encrypted": (("--store", "disk", "--encrypted"), "1-4", "1200"),
+    "clocks that jump": (("--clocks",), "1-4", "1200"),
+    "folder, clocks that jump": (("--store", "disk", "--clocks"), "1-2", "1200"),
+    "object lock": (("--store", "locked"), "1-5", "1200"),
+    "object lock, encrypted": (("--store", "locked", "--encrypted"), "24-25", "1200"),
+}
+
 FOUND_BY = {  # from the first seed that finds each now; the others, should that change
-    "index-before-content": "1-30",
-    "no-look-for-fences": "6-35",
-    "no-rescue": "6-35",
-    "readers-ignored": "6-35",
-    "tombstones-ignored": "5-35",
-    "void-without-looking": "13-40",
+    "hold-before-note": ("5-60",),
+    "hold-without-waiting": ("7-60",),
+    "index-before-content": ("1-30",),
+    "locks-not-extended": ("1-40", "--store", "locked"),
+    "mending-not-noted": ("9-40", "--store", "locked"),
+    "no-look-for-fences": ("6-35",),
+    "no-rescue": ("6-35",),
+    "readers-ignored": ("6-35",),
+    "tombstones-ignored": ("5-35",),
+    "void-without-looking": ("13-40",),
 }
 
 
@@ -39,25 +52,30 @@ def play(*argv: str) -> run.Completed:
     return run.run(words, env={"PYTHONHASHSEED": "0"}, timeout_s=24 * 3600, check=False)
 
 
-def test_store_of_many_hosts_in_any_interleaving_keeps_what_was_reported() -> None:
-    done = play("--seeds", SEEDS, "--steps", str(STEPS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_store_of_many_hosts_in_any_interleaving_keeps_what_was_reported(kind: str) -> None:
+    options, seeds, steps = KINDS[kind]
+    done = play("--seeds", LONG or seeds, "--steps", STEPS or steps, *options)
     assert done.status == 0, done.stdout[-20_000:]
 
 
-@pytest.mark.parametrize(("seed", "steps"), [(line[0], line[1]) for line in KEPT])
-def test_store_in_an_interleaving_that_failed_once_does_not_again(seed: str, steps: str) -> None:
-    done = play("--seeds", seed, "--steps", steps)
+@pytest.mark.parametrize("line", KEPT, ids=" ".join)
+def test_store_in_an_interleaving_that_failed_once_does_not_again(line: list[str]) -> None:
+    done = play("--seeds", line[0], "--steps", *line[1:])
     assert done.status == 0, done.stdout[-20_000:]
 
 
-def test_run_of_one_seed_is_the_same_each_time() -> None:
-    one, two = (play("--seeds", "5", "--steps", "600") for _ in range(2))
+@pytest.mark.parametrize("options", [(), ("--store", "locked", "--encrypted")])
+def test_run_of_one_seed_is_the_same_each_time(options: tuple[str, ...]) -> None:
+    one, two = (play("--seeds", "5", "--steps", "600", *options) for _ in range(2))
     assert one.status == 0, one.stdout
     assert one.stdout == two.stdout
 
 
 @pytest.mark.parametrize("mutant", FOUND_BY)
 def test_store_with_a_rule_taken_out_is_found(mutant: str) -> None:
-    done = play("--seeds", FOUND_BY[mutant], "--steps", "2500", "--mutant", mutant, "--first")
+    seeds, *options = FOUND_BY[mutant]
+    words = ("--seeds", seeds, "--steps", "2500", "--mutant", mutant, "--first", *options)
+    done = play(*words)
     assert done.status == 1
     assert re.search("ViolationError|chunk-missing|pack-missing", done.stdout), done.stdout[-5000:]
