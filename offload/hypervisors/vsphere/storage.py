@@ -66,14 +66,28 @@ class HostStorage:
     # -- targets and LUNs ------------------------------------------------------------------------
 
     def add_targets(self, chap: Chap | None) -> None:
-        """Tell the adapter of our targets, all at once."""
+        """Tell the adapter of our targets, all at once, and of their secrets: with the targets,
+        and again by the call that is for that, whichever of both counts."""
+        kinds = vim.host.InternetScsiHba
+        secrets = _authentication(chap) if chap is not None else None
+        ours = [
+            kinds.StaticTarget(address=lun.address, port=lun.port, iScsiName=lun.iqn)
+            for lun in self._record.luns
+        ]
         with self._vsphere.translated(self._what):
             known = {target.iScsiName for target in self._targets()}
-            wanted = [lun for lun in self._record.luns if lun.iqn not in known]
+            wanted = [target for target in ours if target.iScsiName not in known]
+            for target in wanted:
+                target.authenticationProperties = secrets
             if wanted:
                 self._storage.AddInternetScsiStaticTargets(
+                    iScsiHbaDevice=self._record.adapter, targets=wanted
+                )
+            if secrets is not None:
+                self._storage.UpdateInternetScsiAuthenticationProperties(
                     iScsiHbaDevice=self._record.adapter,
-                    targets=[_static_target(lun, chap) for lun in wanted],
+                    authenticationProperties=secrets,
+                    targetSet=kinds.TargetSet(staticTargets=ours),
                 )
 
     def remove_targets(self) -> None:
@@ -292,25 +306,22 @@ class HostStorage:
             pause_s = min(2 * pause_s, _POLL_S)
 
 
-def _static_target(lun: RecordedLun, chap: Chap | None) -> Any:
-    kinds = vim.host.InternetScsiHba
-    target = kinds.StaticTarget(address=lun.address, port=lun.port, iScsiName=lun.iqn)
-    if chap is not None:
-        properties = kinds.AuthenticationProperties(
-            chapAuthEnabled=True,
-            chapInherited=False,
-            chapAuthenticationType="chapRequired",
-            chapName=chap.user,
-            chapSecret=chap.secret.get_secret_value(),
-            mutualChapInherited=False,
-            mutualChapAuthenticationType="chapProhibited",
-        )
-        if chap.mutual_user is not None and chap.mutual_secret is not None:
-            properties.mutualChapAuthenticationType = "chapRequired"
-            properties.mutualChapName = chap.mutual_user
-            properties.mutualChapSecret = chap.mutual_secret.get_secret_value()
-        target.authenticationProperties = properties
-    return target
+def _authentication(chap: Chap) -> Any:
+    """Of these targets alone: nothing is inherited from the adapter."""
+    properties = vim.host.InternetScsiHba.AuthenticationProperties(
+        chapAuthEnabled=True,
+        chapInherited=False,
+        chapAuthenticationType="chapRequired",
+        chapName=chap.user,
+        chapSecret=chap.secret.get_secret_value(),
+        mutualChapInherited=False,
+        mutualChapAuthenticationType="chapProhibited",
+    )
+    if chap.mutual_user is not None and chap.mutual_secret is not None:
+        properties.mutualChapAuthenticationType = "chapRequired"
+        properties.mutualChapName = chap.mutual_user
+        properties.mutualChapSecret = chap.mutual_secret.get_secret_value()
+    return properties
 
 
 def _unresolved(found: Any, ours: frozenset[str]) -> Unresolved:

@@ -34,8 +34,8 @@ class Job:
 def run_all(vsphere: Vsphere, jobs: Sequence[Job], *, timeout_s: float) -> list[Any]:
     """The results, or the faults, of all jobs, in their order: a fault is a value here.
 
-    Not more than AT_ONCE at a time. Raises TaskLateError where one has not ended in time (it goes
-    on at the server), SessionLostError, and what `Vsphere.translated` raises for the calls.
+    Not more than AT_ONCE at a time. Raises TaskLateError where none has ended for `timeout_s` (they
+    go on at the server), SessionLostError, and what `Vsphere.translated` raises for the calls.
     """
     if not jobs:
         return []
@@ -54,8 +54,9 @@ def run_all(vsphere: Vsphere, jobs: Sequence[Job], *, timeout_s: float) -> list[
                         raise
                     except vmodl.MethodFault as fault:
                         ended[number] = fault
-                if watch.tasks:
-                    ended |= _next(watch, jobs, until)
+                if watch.tasks and (fresh := _next(watch, jobs, until)):
+                    ended |= fresh
+                    until = time.monotonic() + timeout_s
         finally:
             watch.close()
     return [ended[number] for number in range(len(jobs))]
