@@ -58,7 +58,8 @@ def test_chosen_vms_are_quiesced_a_few_at_once(offload: Command, site: Site) -> 
     assert {report["vm"] for report in made["reports"]} == set(site.vms)
     assert all(report["frozen"] and report["image_at"] for report in made["reports"])
     most = site.model.most_at_once
-    assert (most["CreateSnapshotEx_Task"], most["RemoveSnapshot_Task"]) == (AT_ONCE, AT_ONCE)
+    assert 1 <= most["CreateSnapshotEx_Task"] <= AT_ONCE
+    assert 1 <= most["RemoveSnapshot_Task"] <= AT_ONCE
     assert left(site) == []
     assert site.model.sessions == 0
 
