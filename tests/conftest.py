@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.snapshots import rbd_link
 from offload.testing.ceph import RunningCeph, running_ceph
 from offload.testing.pools import loop_pool
 from offload.testing.rgw import RunningRgw, running_rgw
@@ -37,7 +38,11 @@ def btrfs_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCeph]:
     """A real Ceph cluster with the pool `vms`, shared: who makes an image removes it."""
-    with running_ceph(tmp_path_factory.mktemp("ceph") / "cluster") as cluster:
+    with (
+        running_ceph(tmp_path_factory.mktemp("ceph") / "cluster") as cluster,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(rbd_link, "SILENCE_S", 180.0)  # it shares a machine with other tests
         yield cluster
 
 

@@ -23,7 +23,7 @@ SIZE = 8 * MIB
 _SLOTS, _SLOT = 4, 4096  # where the writer writes, in turn
 
 _WRITER = """
-import itertools, signal, struct, sys
+import itertools, signal, struct, sys, time
 import rados, rbd
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 conf, pool_name, *names = sys.argv[1:]
@@ -36,6 +36,7 @@ with handle.open_ioctx(pool_name) as pool:
                 image.write(struct.pack(">Q", number), number % 4 * 4096)
             if number == 100:
                 print("writing", flush=True)
+            time.sleep(0.002)  # a snapshot has to get its turn, on a busy machine too
 """
 
 
