@@ -35,7 +35,7 @@ from offload import run
 
 _REQUEST_BYTES = 1 << 17
 _LOOK_S = 0.002
-_PACKAGES = ("offload.cli", "offload.engine", "offload.format", "offload.services")
+PACKAGES = ("offload.cli", "offload.engine", "offload.format", "offload.services")
 # what commands load on their way
 _MORE = (
     "alembic.command", "alembic.runtime.environment", "argon2.low_level", "blake3", "boto3",
@@ -181,9 +181,9 @@ class Order:
     streams: tuple[int, int]
 
 
-def load(more: Sequence[str]) -> None:
-    """Import what programs import."""
-    for name in _PACKAGES:
+def load(packages: Sequence[str], more: Sequence[str]) -> None:
+    """Import what programs import: all modules of packages, and others."""
+    for name in packages:
         package = importlib.import_module(name)
         for found in pkgutil.iter_modules(package.__path__, f"{name}."):
             if not found.name.endswith(".__main__"):
@@ -275,7 +275,7 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    load(_MORE)
+    load(PACKAGES, _MORE)
     wanted = serve(sockets.socket(fileno=int(sys.argv[1])))
     if wanted is not None:
         become(wanted)

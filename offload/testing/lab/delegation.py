@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from offload.testing import warm
 from offload.testing.lab.guest import Guest
 from offload.testing.lab.inside import REPORTS_FD
 
@@ -46,6 +47,7 @@ class Pytests:
         # descriptor 3 is for the reports, so that no test's own output gets in between
         argv = ["bash", "-c", 'exec 3>&1 1>&2; exec "$@"', "pytest"]
         argv += [sys.executable, "-m", "offload.testing.lab.forked"]
+        argv += [name for name in warm.PACKAGES if name in sys.modules]  # a test here needs them
         env = {INSIDE: "1", REPORTS_FD: "3"}
         env |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         self.command = guest.start(argv, env=env, cwd=str(config.rootpath), feed=True)

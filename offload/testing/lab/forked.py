@@ -1,8 +1,8 @@
 """The process in the guest that forks a pytest for each module: to load one takes seconds there.
 
-A line of JSON on its standard input is the words of one; the next line is read when it has ended.
-On the descriptor of the reports (`inside.py`) it says {"loaded": true}, then {"ended": status} each
-time, below 0 a signal's number.
+Its arguments are packages whose modules the tests need. A line of JSON on its standard input is the
+words of one; the next line is read when it has ended. On the descriptor of the reports (see
+`inside.py`) it says {"loaded": true}, then {"ended": status} each time, below 0 a signal's number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MORE = ("email.message", "execnet", "numpy", "sqlalchemy.dialects.sqlite.pysqli
 
 def serve() -> None:
     """Until the end of the standard input."""
-    load(_MORE)
+    load(sys.argv[1:], _MORE if sys.argv[1:] else ())
     say = os.dup(int(os.environ[REPORTS_FD]))
     os.write(say, b'{"loaded": true}\n')
     while line := _next_line():
