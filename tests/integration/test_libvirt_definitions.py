@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,27 +260,44 @@ def test_domain_that_this_host_can_run_as_it_is_stays_as_it_is(link: Libvirt) ->
     assert (disk.get("type"), domain_xml.disk_path(disk)) == ("block", "/dev/a")
 
 
-def test_firmware_that_libvirt_chose_is_named_by_no_placeholder(link: Libvirt) -> None:
-    plain = """
-    <domain type='qemu'><name>a</name><memory>32768</memory>
-      <os firmware='efi'>
-        <type arch='x86_64' machine='q35'>hvm</type><nvram>/old</nvram>
-      </os>
-      <features><acpi/></features><devices/>
-    </domain>
-    """
-    root = domain_xml.parse(plain)
+CHOSEN = """
+<domain type='qemu'><name>a</name><memory>32768</memory>
+  <os firmware='efi'>
+    <type arch='x86_64' machine='q35'>hvm</type>{loader}<nvram>/old</nvram>
+  </os>
+  <features><acpi/></features><devices/>
+</domain>
+"""
+
+
+@pytest.mark.parametrize("kind", [domain_xml.PLACEHOLDER, domain_xml.RESTORED])
+@pytest.mark.parametrize("loader", ["", "<loader type='pflash'>/old.fd</loader>"])
+@pytest.mark.parametrize("has", [True, False])
+def test_firmware_that_libvirt_chooses_is_one_that_this_host_has(
+    link: Libvirt, kind: str, loader: str, has: bool
+) -> None:
+    root = domain_xml.parse(CHOSEN.format(loader=loader))
+    host = abilities(link, root)
+    assert host.has("firmware", "efi")
+    if not has:
+        host = replace(host, models={**host.models, "firmware": frozenset({"bios"})})
     new = NewDomain(
         name="a",
         uuid=UUID,
-        mark=Mark(kind=domain_xml.PLACEHOLDER, fields={"instance": "i1"}),
+        mark=Mark(kind=kind, fields={"instance": "i1"}),
         disks={},
         mac=str,
         nvram="/new/nvram",
     )
-    text, notes = translate.translate(root, new, abilities(link, root))
-    link.connection.defineXML(text).undefine()
-    assert notes == ["UEFI that libvirt chose at its start: the placeholder names none"]
+    text, notes = translate.translate(root, new, host)
+    domain = link.connection.defineXML(text)
+    made = domain_xml.parse(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+    nameless = kind == domain_xml.PLACEHOLDER and not has and not loader
+    assert domain_xml.firmware_of(made) == ("bios" if nameless else "uefi")
+    assert domain_xml.nvram_of(made) == ("" if nameless else "/new/nvram")
+    missing = [note for note in notes if "no firmware 'efi'" in note]
+    assert bool(missing) == (not has and not (kind == domain_xml.PLACEHOLDER and loader))
 
 
 def test_architecture_that_this_host_has_not_is_refused(link: Libvirt) -> None:

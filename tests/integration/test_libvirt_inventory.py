@@ -225,6 +225,35 @@ def test_machine_of_a_remote_daemon_has_its_firmware_variables(
     assert unpack_file(machine.files["nvram"]) == b"variables" * 1000
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_machine_whose_firmware_libvirt_chose_has_its_variables(
+    enter: Open, host: LibvirtHost, connection: Any, runs: bool
+) -> None:
+    """Its definition does not say where they are."""
+    text = BARE.format(name="chosen").replace("<os>", "<os firmware='efi'>")
+    text = text.replace("'pc'", "'q35'").replace(
+        "<devices>", "<features><acpi/></features><devices>"
+    )
+    domain = connection.defineXML(text)
+    domain.create()
+    pool = connection.storagePoolCreateXML(
+        "<pool type='dir'><name>variables</name>"
+        "<target><path>/var/lib/libvirt/qemu/nvram</path></target></pool>"
+    )
+    try:
+        if not runs:
+            domain.destroy()
+        remote = enter(host.tcp_uri)  # what lies in there is seen by the daemon only
+        machine = remote.machine(remote.find("chosen"))
+    finally:
+        pool.destroy()
+        if domain.isActive():
+            domain.destroy()
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+    assert machine.summary["firmware"] == "uefi"
+    assert len(unpack_file(machine.files["nvram"])) > 100_000
+
+
 def test_machine_whose_variables_are_gone_says_so(kvm: Hypervisor, folder: Path) -> None:
     (folder / "web.nvram").rename(folder / "aside")
     try:

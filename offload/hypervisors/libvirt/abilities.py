@@ -23,7 +23,7 @@ _UNKNOWN = frozenset({8, 67})  # INVALID_ARG, CONFIG_UNSUPPORTED: of a machine t
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abilities:
     """For one architecture and machine type. `models`: by device (of a TPM also
-    `tpm.backendModel`, `tpm.backendVersion`), what there is of it."""
+    `tpm.backendModel`, `tpm.backendVersion`; `firmware` that libvirt can choose), what there is."""
 
     kind: str  # kvm | qemu
     machine: str
@@ -98,7 +98,8 @@ def _models(link: Libvirt, arch: str, machine: str, kind: str) -> dict[str, froz
                 return None
             raise
     root = ET.fromstring(text)  # noqa: S314 - libvirt's own
-    found: dict[str, frozenset[str]] = {}
+    firmware = root.iterfind("os/enum[@name='firmware']/value")
+    found = {"firmware": frozenset(value.text or "" for value in firmware)}
     for device, name in _ENUMS:
         place = root.find(f"devices/{device}")
         if place is not None:

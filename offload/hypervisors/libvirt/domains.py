@@ -5,8 +5,9 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from offload.errors import OffloadError
 from offload.hypervisors.libvirt import domain_xml
@@ -20,6 +21,7 @@ _POWER = {1: "on", 2: "on", 3: "suspended", 4: "on", 5: "off", 6: "off", 7: "sus
 _INACTIVE = 2  # VIR_DOMAIN_XML_INACTIVE; without VIR_DOMAIN_XML_SECURE no secrets come along
 _POOL_STATE_RUNNING = 2
 _CHAIN_MAX = 64
+_NVRAM = "libvirt/qemu/nvram"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +166,7 @@ class DomainReader:
             text = str(handle.XMLDesc(_INACTIVE))
             now = domain_xml.parse(handle.XMLDesc(0))
         root = domain_xml.parse(text)
-        files, left_out = self._files(root)
+        files, left_out = self._files(root, self._nvram(handle, root, now))
         return Machine(
             name=handle.name(),
             kind="libvirt",
@@ -177,11 +179,20 @@ class DomainReader:
             summary={**domain_xml.summary_of(root), "left_out": left_out},
         )
 
-    def _files(self, root: ET.Element) -> tuple[dict[str, str], list[str]]:
+    def _nvram(self, handle: Any, root: ET.Element, now: ET.Element) -> str:
+        """Where its firmware's variables are. Of a firmware that libvirt chose at its start only a
+        running domain tells; else they are where libvirt puts them."""
+        known = domain_xml.nvram_of(root) or domain_xml.nvram_of(now)
+        if known or domain_xml.firmware_of(root) != "uefi":
+            return known
+        session = urlsplit(self._link.uri).path == "/session"
+        folder = Path.home() / ".config" / _NVRAM if session else Path("/var/lib") / _NVRAM
+        return str(folder / f"{handle.name()}_VARS.fd")
+
+    def _files(self, root: ET.Element, nvram: str) -> tuple[dict[str, str], list[str]]:
         """What else belongs to it, and what of that could not be had."""
         files: dict[str, str] = {}
         left_out: list[str] = []
-        nvram = domain_xml.nvram_of(root)
         if nvram:
             try:
                 files["nvram"] = pack_file(HostFiles(self._link).read(nvram))

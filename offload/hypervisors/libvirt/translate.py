@@ -134,22 +134,16 @@ def _firmware(work: Work) -> None:
         ET.SubElement(system, "nvram").text = work.new.nvram
     elif had:
         work.notes.append("the variables of its firmware were not kept: they are the defaults")
-    if work.new.placeholder:
-        _without_choice(work, system)
-    elif system.get("firmware"):
+    chosen = system.get("firmware")
+    if chosen is None:
+        return
+    if work.host.has("firmware", chosen):
         _choose_again(work, system)
-
-
-def _without_choice(work: Work, system: ET.Element) -> None:
-    """No firmware that libvirt is to choose: it would refuse a placeholder where it finds none."""
-    chosen = system.attrib.pop("firmware", "")
-    for wish in system.findall("firmware"):
-        system.remove(wish)
-    loader = system.find("loader")
-    if chosen == "efi" and (loader is None or not loader.text):
-        for element in [*system.findall("loader"), *system.findall("nvram")]:
-            system.remove(element)
-        work.notes.append("UEFI that libvirt chose at its start: the placeholder names none")
+    elif work.new.placeholder:
+        _without_choice(work, system, chosen)
+    else:
+        _choose_again(work, system)
+        work.notes.append(f"this host has no firmware '{chosen}' (ovmf), and cannot start it")
 
 
 def _choose_again(work: Work, system: ET.Element) -> None:
@@ -162,6 +156,17 @@ def _choose_again(work: Work, system: ET.Element) -> None:
         system.remove(loader)
         if secure is not None:
             ET.SubElement(system, "loader", secure=secure)
+
+
+def _without_choice(work: Work, system: ET.Element, chosen: str) -> None:
+    """Nothing that libvirt is to choose: newer ones refuse a domain for which they find none."""
+    del system.attrib["firmware"]
+    work.leave_out(system, "firmware")
+    loader = system.find("loader")
+    if loader is None or not loader.text:
+        work.leave_out(system, "loader")
+        work.leave_out(system, "nvram")
+        work.notes.append(f"this host has no firmware '{chosen}': the placeholder names none")
 
 
 def _hosts_own(work: Work) -> None:
