@@ -15,13 +15,15 @@ from pyVmomi import vim
 
 from offload.errors import CleanupError, UnavailableError
 from offload.hypervisor import IslandRequest
+from offload.island import Shown
 from offload.journal import CRASH_ENV
 from offload.testing.warm import warm_python
 
 pytestmark = pytest.mark.timeout(300)
 
 BUILD = (
-    "targets", "luns", "resignatured", "renamed", "settings", "registered", "shown", "settled",
+    "targets", "luns", "resignatured", "renamed", "settings", "registered", "reverted", "shown",
+    "settled",
 )  # fmt: skip
 AWAY = ("unregistered", "unmounted", "detached", "targets-removed", "rescanned", "forgotten")
 SCRIPT = """
@@ -65,6 +67,8 @@ def _killed(
 def _fresh(site: IslandSite, view: str) -> tuple[IslandRequest, dict[str, str]]:
     """On a new view: one that was resignatured is no copy any more."""
     request = site.request([site.view("lun1", view)])
+    if "ours" in site.model.snapshot_names(site.vms["web"]):
+        request = replace(request, shown=Shown.VM, vm_snapshot={"web": "ours"})
     return request, site.host().plan(request)
 
 
@@ -123,8 +127,8 @@ def _expire_once(site: IslandSite, method: str) -> None:
 
 def test_island_every_call_may_meet_an_expired_session(site: IslandSite) -> None:
     site.add_vm("web")
-    request = site.request([site.view("lun1")])
-    record = site.host().plan(request)
+    site.model.add_snapshot(site.vms["web"], "ours")
+    request, record = _fresh(site, "e")
     before = len(site.model.calls)
     site.host().build(request, record, no_step)
     site.host().take_down(record, no_step)

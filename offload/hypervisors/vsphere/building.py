@@ -7,7 +7,7 @@
 | `resignatured` | datastores, under names `snap-…` | canonical name of their extents |
 | `renamed` | the same under names of ours | the same |
 | `settings` | settings of placeholders in the copies | they go with the views |
-| `registered` | placeholders | datastore, or mark |
+| `registered`, `reverted`, `shown` | placeholders | datastore, or mark |
 | `settled` | all of it | |
 """
 
@@ -78,7 +78,9 @@ class Building:
             datastores=frozenset(copy.name for copy in self.attaching.copies),
             luns=frozenset(self.attaching.luns),
         )
-        link.do(lambda vsphere: fixups.show(vsphere, vms, timeout_s))
+        link.do(lambda vsphere: fixups.revert(vsphere, vms, timeout_s))
+        step("reverted")
+        link.do(lambda vsphere: fixups.remove_snapshots(vsphere, vms, timeout_s))
         step("shown")
         said = link.do(lambda vsphere: fixups.settle(vsphere, vms, ground, timeout_s))
         step("settled")

@@ -44,38 +44,41 @@ class Ground:
     luns: frozenset[str]  # UUIDs (`ScsiLun.uuid`) of our LUNs
 
 
-def show(vsphere: Vsphere, vms: Sequence[Registered], timeout_s: float) -> None:
-    """Revert those that show their own instant, then remove our VM snapshots: never the user's,
-    and none that hangs below. Raises UnavailableError (`vm-instant-missing`)."""
-    reverted = [vm for vm in vms if vm.revert]
-    for what, chosen in (("the revert", reverted), ("the removal", [v for v in vms if v.snapshot])):
-        entries = _snapshots(vsphere, chosen)
-        missing = [vm.name for vm in chosen if vm.revert and vm.moref not in entries]
-        if missing and what == "the revert":
-            raise UnavailableError(
-                f"the snapshot of {', '.join(missing)} is not in the copy: it does not show the "
-                "VM's own instant",
-                code="vm-instant-missing",
-                hint="take a new TimeMark, or mount it with --shows group",
-            )
-        present = [vm for vm in chosen if vm.moref in entries]
-        _run(
-            vsphere,
-            [
-                Job(
-                    f"{what} of the snapshot {vm.snapshot} of {vm.name}",
-                    partial(_begin, entries[vm.moref], what),
-                )
-                for vm in present
-            ],
-            timeout_s,
+def revert(vsphere: Vsphere, vms: Sequence[Registered], timeout_s: float) -> None:
+    """Those that show their own instant, to that. Raises UnavailableError
+    (`vm-instant-missing`)."""
+    chosen = [vm for vm in vms if vm.revert]
+    entries = _snapshots(vsphere, chosen)
+    missing = [vm.name for vm in chosen if vm.moref not in entries]
+    if missing:
+        raise UnavailableError(
+            f"the snapshot of {', '.join(missing)} is not in the copy: it does not show the VM's "
+            "own instant",
+            code="vm-instant-missing",
+            hint="take a new TimeMark, or mount it with --shows group",
         )
+    jobs = [
+        Job(
+            f"the revert of {vm.name} to {vm.snapshot}",
+            partial(entries[vm.moref].RevertToSnapshot_Task, suppressPowerOn=True),
+        )
+        for vm in chosen
+    ]
+    _run(vsphere, jobs, timeout_s)
 
 
-def _begin(entry: Any, what: str) -> Any:
-    if what == "the revert":
-        return entry.RevertToSnapshot_Task(suppressPowerOn=True)
-    return entry.RemoveSnapshot_Task(removeChildren=False, consolidate=True)
+def remove_snapshots(vsphere: Vsphere, vms: Sequence[Registered], timeout_s: float) -> None:
+    """Our VM snapshots in the copies: never the user's, and none that hangs below."""
+    entries = _snapshots(vsphere, [vm for vm in vms if vm.snapshot])
+    jobs = [
+        Job(
+            f"the removal of {vm.snapshot} from {vm.name}",
+            partial(entries[vm.moref].RemoveSnapshot_Task, removeChildren=False, consolidate=True),
+        )
+        for vm in vms
+        if vm.moref in entries
+    ]
+    _run(vsphere, jobs, timeout_s)
 
 
 def _snapshots(vsphere: Vsphere, vms: Sequence[Registered]) -> dict[str, Any]:
