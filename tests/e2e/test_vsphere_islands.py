@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from e2e_site import Site as Commands
@@ -46,13 +47,20 @@ atomic = "record"
 hypervisor = "vc"
 tags = ["backup:gold"]
 atomic = "record"
-[groups.far]
-hypervisor = "vc"
-vms = ["far"]
-[groups.golden]
-hypervisor = "vc"
-vms = ["golden"]
 """
+ONE_VM = """
+[groups.{name}]
+hypervisor = "vc"
+vms = ["{name}"]
+atomic = "record"
+"""
+OTHERS: dict[str, dict[str, Any]] = {  # VMs of which no placeholder can be
+    "on-vsan": {"datastore": "vsan"},
+    "on-nfs": {"datastore": "nas"},
+    "on-vvol": {"datastore": "vvols"},
+    "golden": {"template": True, "power": "poweredOff"},
+    "secret": {"encrypted": True},
+}
 
 
 @dataclass
@@ -73,10 +81,17 @@ class Vsphere:
 @pytest.fixture(scope="module")
 def world() -> Iterator[Vsphere]:
     folder = Path(tempfile.mkdtemp(prefix="ofl-"))
-    plan = Plan(luns_in=folder, provider="copy", luns=2, vms=3)
+    plan = Plan(luns_in=folder, provider="copy", luns=3, vms=0)
     with running_site(folder, plan) as site:
+        for name, store in (("vm01", "ds1"), ("vm02", "ds2"), ("vm03", "ds1")):
+            site.add_vm(name, datastore=store)
         site.add_vm("far", disks=(DiskPlan(size_bytes=1 << 20),), datastore="ds2", folder="other")
-        site.write_config(GROUPS.format(folder=folder, lun1=site.luns["lun1"][1]))
+        for name, kind in (("vsan", "vsan"), ("nas", "NFS"), ("vvols", "VVOL")):
+            site.model.datastores.add(name, kind)
+        for name, fields in OTHERS.items():
+            site.add_vm(name, **{"datastore": "ds3", "folder": "other", **fields})
+        groups = GROUPS.format(folder=folder, lun1=site.luns["lun1"][1])
+        site.write_config(groups + "".join(ONE_VM.format(name=n) for n in (*OTHERS, "nobody")))
         made = Vsphere(site, Commands(folder=folder, pool=folder, config=site.config))
         yield made
         made.offload.run("unmount", "--all", "--force")
@@ -210,28 +225,36 @@ def test_view_of_an_island_is_not_taken_from_under_it(vc: Vsphere) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code"),
+    ("words", "code", "said"),
     [
-        (["shop"], "no-backup-host"),
-        (["golden", "--host", BACKUP[0]], "unknown-vm"),
-        (["by-lun", "--host", BACKUP[0], "--shows", "vm"], "no-vm-image"),
+        (["shop"], "no-backup-host", "no backup host chosen"),
+        (["nobody", "--host", BACKUP[0]], "unknown-vm", "vc has no VM 'nobody'"),
+        (["by-lun", "--host", BACKUP[0], "--shows", "vm"], "no-vm-image", "no quiesced images"),
+        (["on-vsan", "--host", BACKUP[0]], "disk-without-lun", "is on the vSAN datastore vsan"),
+        (["on-nfs", "--host", BACKUP[0]], "disk-without-lun", "is on the NFS datastore nas"),
+        (["on-vvol", "--host", BACKUP[0]], "disk-without-lun", "is on the vVol datastore vvols"),
+        (["golden", "--host", BACKUP[0]], "vm-is-template", "VM golden is a template"),
+        (["secret", "--host", BACKUP[0]], "no-placeholder", "secret"),
     ],
 )
 def test_placeholders_that_cannot_be_are_refused_in_a_line(
-    vc: Vsphere, words: list[str], code: str
+    vc: Vsphere, words: list[str], code: str, said: str
 ) -> None:
-    assert vc.offload.refused("mount", *words, "--placeholder")["code"] == code
+    refused = vc.offload.refused("mount", *words, "--placeholder")
+    assert refused["code"] == code
+    assert said in refused["message"]
     assert vc.clean()
 
 
-def test_mount_killed_at_each_step_on_the_host_leaves_nothing(vc: Vsphere) -> None:
+def test_mount_killed_on_the_host_leaves_nothing(vc: Vsphere) -> None:
     words = ("mount", "by-lun", "--placeholder", "--host", BACKUP[0], "--vm", "vm01")
     trace = vc.offload.folder / "trace"
     vc.offload.ok(*words, **{TRACE_ENV: str(trace)})
     vc.offload.ok("unmount", "--all")
     steps = [step for step in trace.read_text().split() if step.startswith("island.build.")]
     assert len(steps) > 3
-    for step in dict.fromkeys(["island.known.done", *steps, "island.standing.done"]):
+    # the host's driver has a walk of its own over all of them: here is every third
+    for step in dict.fromkeys(["island.known.done", *steps[::3], "island.standing.done"]):
         done = vc.offload.run(*words, **{CRASH_ENV: step})
         assert done.status == KILLED, f"{step}: {done.stderr}"
         vc.offload.ok("recover")
