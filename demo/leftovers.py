@@ -20,7 +20,7 @@ from offload import mountinfo, procs
 from offload.run import ProgramError, find_program, run
 
 MARKER = ".offload-demo"
-_PATIENCE_S = 10.0
+_PATIENCE_S = 30.0
 _SERVERS = ("nbdkit", "qemu-nbd")
 
 
