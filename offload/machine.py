@@ -66,7 +66,8 @@ class Machine:
     text of the .vmx file (vSphere). `files`: what else belongs to it, by its role (`nvram`), packed
     by `pack_file`.
     `summary`: for people and for checks, JSON values: cpus, memory_bytes, firmware (bios | uefi),
-    secure_boot, guest, networks ([{name, mac, model}]), notes, tags, folder.
+    secure_boot, guest, networks ([{name, mac, model}]), notes, tags, folder; left_out: what of its
+    files could not be had.
     """
 
     name: str

@@ -46,6 +46,8 @@ def capture(
                         warnings.append(f"the settings of VM {vm_id} are not kept: {error.message}")
                     else:
                         found.append(placed(ctx.instance.config, machine))
+                        lost = machine.summary.get("left_out", ())
+                        warnings += [f"of VM {machine.name} is not kept: {what}" for what in lost]
         except OffloadError as error:
             warnings.append(f"settings of VMs on {name} are not kept: {error.message}")
     return tuple(sorted(found, key=lambda m: (m.hypervisor, m.name, m.id))), tuple(warnings)

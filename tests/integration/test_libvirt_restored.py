@@ -360,6 +360,17 @@ def test_vm_killed_in_the_making_is_taken_back_by_its_mark(
     assert list((tmp_path / "disks").iterdir()) == []
 
 
+def test_timemark_of_a_vm_whose_firmware_variables_cannot_be_had_warns(world: World) -> None:
+    nvram = world.folder / "shop.nvram"
+    nvram.rename(world.folder / "aside")
+    try:
+        (machine,), warnings = machines.capture(world.ctx, {"kvm": [UUID]}, "shop")
+    finally:
+        (world.folder / "aside").rename(nvram)
+    assert machine.files == {}
+    assert warnings == (f"of VM shop is not kept: nvram: there is no {nvram}",)
+
+
 def test_vm_whose_firmware_variables_were_not_kept_is_warned_of(world: World) -> None:
     bare = replace(world.machine, files={})
     warnings = world.host.check_create(bare, {"vda": str(world.disk)}, "new")

@@ -166,7 +166,7 @@ class DomainReader:
             text = str(handle.XMLDesc(_INACTIVE))
             now = domain_xml.parse(handle.XMLDesc(0))
         root = domain_xml.parse(text)
-        files, left_out = self._files(root, self._nvram(handle, root, now))
+        files, left_out = self._files(self._nvram(handle, root, now))
         return Machine(
             name=handle.name(),
             kind="libvirt",
@@ -189,7 +189,7 @@ class DomainReader:
         folder = Path.home() / ".config" / _NVRAM if session else Path("/var/lib") / _NVRAM
         return str(folder / f"{handle.name()}_VARS.fd")
 
-    def _files(self, root: ET.Element, nvram: str) -> tuple[dict[str, str], list[str]]:
+    def _files(self, nvram: str) -> tuple[dict[str, str], list[str]]:
         """What else belongs to it, and what of that could not be had."""
         files: dict[str, str] = {}
         left_out: list[str] = []
@@ -198,8 +198,6 @@ class DomainReader:
                 files["nvram"] = pack_file(HostFiles(self._link).read(nvram))
             except (OffloadError, ValueError) as error:
                 left_out.append(f"nvram: {error}")
-        if root.find("devices/tpm") is not None:
-            left_out.append("tpm: what is in it stays on its host")
         return files, left_out
 
 
