@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import select
+import socket
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -136,6 +138,31 @@ class Initiator:
                 found.append(number)
         return found
 
+    def fileno(self) -> int:
+        """Of its connection, to wait for what the target sends by itself; below 0: it has none."""
+        return int(self._library.iscsi_get_fd(self._context))
+
+    def attend(self) -> bool:
+        """Read what the target has sent by itself, and answer a NOP-In; False: it has hung up.
+
+        An initiator that answers with its next command only makes tgtd hold back the answer to
+        that until its next NOP-In.
+        """
+        peer = socket.socket(fileno=os.dup(self.fileno()))
+        try:
+            if not peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            peer.close()
+        self._library.iscsi_service(self._context, select.POLLIN)
+        if self._library.iscsi_which_events(self._context) & select.POLLOUT:
+            self._library.iscsi_service(self._context, select.POLLOUT)
+        return True
+
     def close(self) -> None:
         """Log out."""
         if self._context is not None:
@@ -197,7 +224,7 @@ def _load() -> Any:
     library.iscsi_create_context.argtypes = [ctypes.c_char_p]
     library.iscsi_get_error.restype = ctypes.c_char_p
     library.scsi_free_scsi_task.argtypes = [ctypes.POINTER(_Task)]
-    for name in ("destroy_context", "logout_sync", "get_error"):
+    for name in ("destroy_context", "logout_sync", "get_error", "get_fd", "which_events"):
         getattr(library, f"iscsi_{name}").argtypes = [context]
     texts = ctypes.c_char_p
     library.iscsi_set_targetname.argtypes = [context, texts]
@@ -206,6 +233,7 @@ def _load() -> Any:
     library.iscsi_full_connect_sync.argtypes = [context, texts, ctypes.c_int]
     for name in ("set_session_type", "set_timeout", "set_noautoreconnect"):
         getattr(library, f"iscsi_{name}").argtypes = [context, ctypes.c_int]
+    library.iscsi_service.argtypes = [context, ctypes.c_int]
     number, flag = ctypes.c_uint64, ctypes.c_int
     tasks: dict[str, list[Any]] = {
         "readcapacity16": [],

@@ -161,6 +161,25 @@ class IscsiDisk:
             except (DiskError, ScsiError):
                 return False
 
+    def fileno(self) -> int:
+        """Of its connection; below 0: it has none, or is being used."""
+        if not self._lock.acquire(blocking=False):
+            return -1
+        try:
+            return -1 if self._session is None else self._session.fileno()
+        finally:
+            self._lock.release()
+
+    def attend(self) -> bool:
+        """Answer what the target asks by itself; False: it has hung up. Whoever uses the disk just
+        now does it instead."""
+        if not self._lock.acquire(blocking=False):
+            return True
+        try:
+            return self._session is None or self._session.attend()
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         with self._lock:
             session, self._session = self._session, None

@@ -6,6 +6,7 @@ HostStorageSystem, in our own words.
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ from tests.vsphere_sim.hosts import Host, adapters, key_of
 from tests.vsphere_sim.properties import Managed
 from tests.vsphere_sim.soap import SoapFault
 
-_PULSE_S = 5.0  # how often sessions are looked at: targets end those that answer no NOP
+_PATIENCE_MS = 500  # after which new sessions are seen
+_PAUSE_S = 0.02  # between looks: a disk that is being used is attended to by its user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class Storage(Part):
         self.losses: list[PathLoss] = []
         self._lost: set[tuple[str, str]] = set()  # host and NAA, until it is back
         self._ended = threading.Event()
-        self._pulse: threading.Thread | None = None
+        self._attendant: threading.Thread | None = None
 
     # -- for tests -------------------------------------------------------------------------------
 
@@ -70,8 +72,8 @@ class Storage(Part):
     def close(self) -> None:
         """Log out everywhere."""
         self._ended.set()
-        if self._pulse is not None:
-            self._pulse.join()
+        if self._attendant is not None:
+            self._attendant.join()
         for host in self.model.hosts.all.values():
             with host.lock:
                 for disk in host.sessions:
@@ -112,15 +114,22 @@ class Storage(Part):
             return
         host.disks[disk.naa] = disk
         self._lost.discard((host.name, disk.naa))
-        if self._pulse is None:
-            self._pulse = threading.Thread(target=self._pulses, name="iSCSI sessions", daemon=True)
-            self._pulse.start()
+        if self._attendant is None:
+            self._attendant = threading.Thread(target=self._attend, name="iSCSI", daemon=True)
+            self._attendant.start()
 
-    def _pulses(self) -> None:
-        while not self._ended.wait(_PULSE_S):
+    def _attend(self) -> None:
+        """Sessions answer their targets' NOP-Ins at once, as hosts do, and notice when one ends."""
+        while not self._ended.wait(_PAUSE_S):
+            poll, disks = select.poll(), {}
             for host in list(self.model.hosts.all.values()):
-                # without the host's lock: a target may take its time, and calls do not wait for it
-                if not all(disk.alive() for disk in host.sessions):
+                for disk in host.sessions:
+                    if (number := disk.fileno()) >= 0:
+                        disks[number] = (host, disk)
+                        poll.register(number, select.POLLIN)
+            for number, _ in poll.poll(_PATIENCE_MS):
+                host, disk = disks[number]
+                if not disk.attend():
                     with host.lock:
                         self._look(host)
 
