@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from offload.testing.pools import loop_pool
 from offload.testing.rgw import RunningRgw, running_rgw
 
 pytest_plugins = ["offload.testing.lab.plugin", "offload.testing.order"]
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of tests are made of is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
