@@ -360,6 +360,17 @@ def test_vm_killed_in_the_making_is_taken_back_by_its_mark(
     assert list((tmp_path / "disks").iterdir()) == []
 
 
+def test_disk_that_was_plugged_in_for_then_is_left_out_and_named(made: World) -> None:
+    (disk,) = made.machine.disks
+    machine = replace(made.machine, disks=(disk, replace(disk, name="vdx")))
+    disks = {"vda": str(made.disk), "vdx": "/other.raw"}
+    warnings = made.host.check_create(machine, disks, "again")
+    assert "left out: disk vdx, which was plugged in until the VM's next stop only" in warnings
+    made.host.create(machine, disks, "again", "m1", no_step)
+    (found,) = domain_xml.disk_elements(definition(made, "again"))
+    assert domain_xml.disk_name(found) == "vda"
+
+
 def test_timemark_of_a_vm_whose_firmware_variables_cannot_be_had_warns(world: World) -> None:
     nvram = world.folder / "shop.nvram"
     nvram.rename(world.folder / "aside")

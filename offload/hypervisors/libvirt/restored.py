@@ -141,17 +141,23 @@ def _prepare(link: Libvirt, order: Order, mark: str) -> _Prepared:
 def _disks(root: ET.Element, order: Order) -> tuple[dict[str, NewDisk], list[str]]:
     """Those that it gets, and what is to be said of the others."""
     there = {domain_xml.disk_name(disk) for disk in domain_xml.disk_elements(root)}
-    unknown = sorted(set(order.disks) - there)
+    plugged = {disk.name for disk in order.machine.disks} - there
+    unknown = sorted(set(order.disks) - there - plugged)
     if unknown:
         raise UsageError(
             f"VM {order.machine.name} has no disk {', '.join(unknown)}",
             code="unknown-disk",
             hint=f"it has: {', '.join(sorted(there)) or 'none'}",
         )
-    if not order.disks:
+    if not set(order.disks) & there:
         raise UsageError(f"VM {order.machine.name} would have no disk", code="no-disk")
     left_out = [f"left out: disk {name}" for name in sorted(there - set(order.disks))]
-    return {name: _disk(place) for name, place in order.disks.items()}, left_out
+    left_out += [
+        f"left out: disk {name}, which was plugged in until the VM's next stop only"
+        for name in sorted(plugged & set(order.disks))
+    ]
+    found = {name: _disk(place) for name, place in order.disks.items() if name in there}
+    return found, left_out
 
 
 def _disk(place: str) -> NewDisk:
