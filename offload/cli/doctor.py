@@ -21,8 +21,8 @@ def doctor(ctx: click.Context) -> None:
     """Show what this machine has and lacks for each capability.
 
     Says which package or kernel module would give what is missing. Works without a configuration.
-    With one, VMs are asked whether they could be held, and the exit code is 6 if something is
-    missing that it needs.
+    With one, VMs are asked whether they could be held, hypervisors are logged in to, and the exit
+    code is 6 if something is missing that it needs.
     """
     from offload.services.doctor import examine, lacking
 
