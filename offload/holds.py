@@ -62,6 +62,13 @@ def claim_island(instance: Instance, island: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def naming_islands(instance: Instance) -> Iterator[None]:
+    """While a free name is chosen and taken: waits for others who do so."""
+    with _locked(instance, "island-names", fcntl.LOCK_EX):
+        yield
+
+
 def _folder(instance: Instance) -> Path:
     return instance.state_dir / "holds"
 

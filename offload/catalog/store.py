@@ -459,7 +459,7 @@ def _taken(kind: str, name: str) -> Iterator[None]:
         yield
     except ConstraintError as error:
         raise BusyError(
-            f"there is a {kind} '{name}' already",
+            f"there is {'an' if kind == 'island' else 'a'} {kind} '{name}' already",
             code=f"{kind}-exists",
             hint="choose another name" if kind == "view" else "",
         ) from error

@@ -26,7 +26,7 @@ from functools import partial
 from offload import compose
 from offload.config import Config
 from offload.errors import BusyError, OffloadError, PolicyError, UsageError
-from offload.holds import claim_island, hold_timemark
+from offload.holds import claim_island, hold_timemark, naming_islands
 from offload.hypervisor import BackupHost, IslandRequest, IslandView
 from offload.ids import new_id
 from offload.island import Island, IslandId, IslandState
@@ -46,6 +46,7 @@ from offload.services.island_record import (
     asked_fields,
     asked_of,
     host_step,
+    record_of,
     undo_args,
 )
 from offload.services.points import Point
@@ -264,6 +265,23 @@ class _Build:
                 raise
 
     def _stand(self, op: Operation, request: IslandRequest, found: Sequence[Point]) -> IslandReport:
+        with naming_islands(self.ctx.instance):
+            request, island, shown = self._announce(op, request, found)
+        self.progress.message(f"placeholders of {len(request.machines)} VMs on {self.site.name}")
+        step = partial(host_step, "build")
+        placeholders = self.site.host.build(request, record_of(island), step)
+        op.done("placeholders")
+        island = replace(island, placeholders=placeholders, state=IslandState.STANDING)
+        self.ctx.catalog.update_island(island)
+        op.done("standing")
+        return IslandReport(
+            island=island, views=tuple(shown), warnings=tuple(dict.fromkeys(self.warnings))
+        )
+
+    def _announce(
+        self, op: Operation, request: IslandRequest, found: Sequence[Point]
+    ) -> tuple[IslandRequest, Island, list[View]]:
+        """Views, and all that is known before the host is: intended, and in the catalog."""
         name = self.options.name or self._free_name(request.group)
         shown = self._present(op, name, found)
         request = replace(request, name=name, views=_exported(self.ctx.instance.config, shown))
@@ -282,17 +300,7 @@ class _Build:
         op.intend("placeholders", "take-down-island", undo_args(island))
         self.ctx.catalog.add_island(island)
         op.done("known")
-        self.progress.message(f"placeholders of {len(request.machines)} VMs on {self.site.name}")
-        placeholders = self.site.host.build(request, record, partial(host_step, "build"))
-        op.done("placeholders")
-        island = replace(island, placeholders=placeholders, state=IslandState.STANDING)
-        self.ctx.catalog.update_island(island)
-        op.done("standing")
-        return IslandReport(
-            island=island,
-            views=tuple(view for _, view in shown),
-            warnings=tuple(dict.fromkeys(self.warnings)),
-        )
+        return request, island, [view for _, view in shown]
 
     def _present(
         self, op: Operation, name: str, found: Sequence[Point]

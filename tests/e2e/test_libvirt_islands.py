@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,22 @@ def test_two_islands_stand_at_once_and_go_one_by_one(site: Kvm) -> None:
     assert site.domains() == {"backup-web"}
     assert [entry["name"] for entry in site.ask("placeholder", "list")] == ["two"]
     site.ok("unmount", "--group", "shop")
+    assert site.clean()
+
+
+def test_islands_are_made_and_taken_away_at_the_same_time(site: Kvm) -> None:
+    def at_once(*commands: tuple[str, ...]) -> list[run.Completed]:
+        with ThreadPoolExecutor(max_workers=len(commands)) as crew:
+            return list(crew.map(lambda words: site.run(*words), commands))
+
+    made = at_once(*(("mount", "shop", "--placeholder", "--vm", name) for name in ("db", "web")))
+    assert [done.status for done in made] == [0, 0], [done.stderr for done in made]
+    names = [entry["name"] for entry in site.ask("placeholder", "list")]
+    assert len(names) == 2
+    gone = at_once(*(("unmount", name) for name in (*names, *names)))
+    assert 0 in {done.status for done in gone}
+    assert "Traceback" not in "".join(done.stderr for done in gone)
+    site.ok("recover")
     assert site.clean()
 
 
