@@ -47,17 +47,19 @@ from offload.model import (
     View,
     ViewId,
     ViewState,
+    VmfsSource,
 )
 from offload.origin import NAME, Origin, OriginKind, parse_origin
 from offload.overlay import Usage
 from offload.progress import NoProgress, Progress
 from offload.quantity import parse_size
-from offload.services import connect, director, groups, overlays, points, timemark
+from offload.services import connect, director, groups, overlays, points, restored, timemark
 from offload.services.context import Context
 from offload.services.groups import Resolved
 from offload.services.island_record import check_free
 from offload.services.points import Point
 from offload.services.undo import dump
+from offload.sources import lun_of, on_lun
 from offload.target import Client, ExportRequest, Target
 
 _NAME_MAX = 63
@@ -72,6 +74,7 @@ class MountOptions:
     target: str = "nbd"
     writable: bool = False  # on an overlay, which goes with the view
     overlay_limit_bytes: int | None = None  # None: as configured
+    vmdk: str | None = None  # not the volume but a VM's disk on its VMFS, by its descriptor's path
     exposure: Exposure = field(default_factory=Exposure)
 
 
@@ -122,6 +125,8 @@ def mount(
             known = ctx.catalog.timemark(origin.id)
             holds.enter_context(hold_timemark(ctx.instance, known.id))
             found += points.of_timemark(ctx, origin)
+        if options.vmdk is not None:
+            found = [points.of_vmdk(found[0], options.vmdk)]
         for warning in overlays.warnings(ctx, (options.overlay_limit_bytes or 0) * len(found)):
             (progress or NoProgress()).message(warning)
         taken = {view.name for view in ctx.catalog.views()}
@@ -386,7 +391,8 @@ def _check(
     )
     # a server a view, as NBD has it, needs a port of its own for each
     port = options.exposure.port if options.target == "nbd" else None
-    for option, value in (("name", options.name), ("port", port)):
+    one = (("name", options.name), ("port", port), ("vmdk", options.vmdk))
+    for option, value in one:
         if value is not None and count != 1:
             raise UsageError(
                 f"one {option} cannot be given to {count} views",
@@ -430,8 +436,8 @@ def _check_unmoved(moving: Mapping[str, str], chosen: Sequence[View]) -> None:
 
 
 def let_go(ctx: Context, chosen: Sequence[View], force: bool, ours: Collection[str] = ()) -> None:
-    """Refuse while somebody uses them, or, if forced, disconnect what is connected here. Clients
-    of the names `ours` are no reason to refuse."""
+    """Refuse while somebody uses them, or, if forced, disconnect what is connected here, and have
+    hosts let go of their LUNs. Clients of the names `ours` are no reason to refuse."""
     attached = connect.of_views(ctx.catalog, chosen)
     if not force:
         _check_unconnected(attached)
@@ -439,6 +445,7 @@ def let_go(ctx: Context, chosen: Sequence[View], force: bool, ours: Collection[s
             _check_idle(ctx, view, ours)
     elif attached:
         connect.disconnect(ctx, [connection.id for connection in attached], force=True)
+    restored.let_go(ctx, chosen)
 
 
 def _check_unconnected(attached: Sequence[Connection]) -> None:
@@ -484,6 +491,8 @@ def free_name(stem: str, tail: str, taken: Collection[str]) -> str:
 
 def _cached(ctx: Context, source: Source) -> Source:
     """A backup that many small reads will come to: with the caches of the configuration."""
+    if isinstance(source, VmfsSource):
+        return on_lun(_cached(ctx, lun_of(source)), source.path, source.size_bytes)
     if not isinstance(source, BackupSource):
         return source
     cache = ctx.instance.config.cache
@@ -563,6 +572,8 @@ def _with_source(ctx: Context, view: View, stack: ExitStack) -> View:
         return view
     stack.enter_context(hold_timemark(ctx.instance, origin.id))
     (point,) = points.of_timemark(ctx, origin)
+    if isinstance(view.source, VmfsSource):
+        point = points.of_vmdk(point, view.source.path)
     return replace(view, source=point.source)
 
 

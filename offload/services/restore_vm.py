@@ -30,7 +30,7 @@ from offload.journal import Operation, step
 from offload.machine import Machine, MachineDisk
 from offload.origin import Origin, OriginKind, parse_origin
 from offload.progress import NoProgress, Progress
-from offload.services import machines, mount, overlays, restore
+from offload.services import machines, mount, overlays, restore, restored
 from offload.services.context import Context
 from offload.services.undo import dump
 
@@ -163,6 +163,7 @@ class _Making:
         """The VM itself; its id."""
         mark = new_id()
         op.intend("vm", "destroy-vm", {"host": self.host.name, "mark": mark})
+        restored.note(self.ctx.instance, self.host.kind, self.host.name, mark, self.views)
         try:
             made = self.host.create(
                 self.machine, self.paths, self.name, mark, lambda w: step(f"restore-vm.{w}")
@@ -232,3 +233,4 @@ def undo_views(instance: Instance, catalog: Catalog, args: Mapping[str, str]) ->
 def undo_create(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
     """The journal's `destroy-vm`."""
     compose.backup_host(args["host"], instance).destroy(args["mark"])
+    restored.forget(instance, args["mark"])

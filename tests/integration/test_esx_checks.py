@@ -23,6 +23,7 @@ from offload.errors import (
     UsageError,
 )
 from offload.hypervisors.vsphere.preflight import ON_DATACENTER, ON_FOLDER, ON_HOST, ON_POOL
+from offload.hypervisors.vsphere.record import MARK
 from offload.machine import DiskKind, Machine, MachineDisk
 from offload.services.doctor import Status
 from offload.services.doctor_vms import look_at_vms
@@ -253,6 +254,7 @@ def test_create_a_vm_from_views_is_another_one_with_the_same_content(site: Islan
     config = made.properties["config"]
     assert made.properties["name"] == "web again"
     assert config.uuid != machine.uuid
+    assert MARK not in {option.key for option in config.extraConfig}  # it is no placeholder
     cards = [d for d in config.hardware.device if hasattr(d, "macAddress")]
     assert cards[0].macAddress != "00:50:56:00:00:01"
     assert site.read(made.moid, 7) == b"content"

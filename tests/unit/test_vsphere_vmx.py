@@ -94,7 +94,7 @@ def test_restored_vm_has_identities_of_its_own(vmx: Vmx) -> None:
         vmx,
         name="web2",
         uuid=UUID("00112233-4455-6677-8899-aabbccddeeff"),
-        mark=("offload.island", "i/vm-1"),
+        mark=("offload.restored", "i/vm-1"),
         volumes=VOLUMES,
     )
     assert vmx.get("uuid.bios") == "00 11 22 33 44 55 66 77-88 99 aa bb cc dd ee ff"

@@ -25,7 +25,7 @@ from offload.hypervisors.vsphere.attaching import Attaching
 from offload.hypervisors.vsphere.building import read_settings, split
 from offload.hypervisors.vsphere.files import datastore_files
 from offload.hypervisors.vsphere.hosts import Host
-from offload.hypervisors.vsphere.record import MARK, Record, RecordedLun
+from offload.hypervisors.vsphere.record import Record, RecordedLun
 from offload.hypervisors.vsphere.register import Wanted, escaped, register, registered, vms_in
 from offload.hypervisors.vsphere.vmx import Vmx, make_restored
 from offload.instance import Instance
@@ -33,6 +33,7 @@ from offload.machine import Machine
 from offload.vsphere import Vsphere
 
 _PORT = 3260  # RFC 7143, 14
+_MARK = "offload.restored"  # not that of placeholders: it may become production, and move elsewhere
 _VIEW = re.compile(
     r":[^:.]+\.([^:.]+)(?:\.[^:]*)?$"
 )  # what offload.iqn.view_iqn makes of a view's id
@@ -138,7 +139,7 @@ def register_vm(
                 vmx,
                 name=name,
                 uuid=uuid4(),
-                mark=(MARK, attaching.record.mark),
+                mark=(_MARK, attaching.record.mark),
                 volumes=attaching.moves(),
             )
             files.write(home[0].name, path, vmx.text().encode("utf-8", "surrogateescape"))
