@@ -7,7 +7,6 @@ datastores".
 
 from __future__ import annotations
 
-import fnmatch
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from uuid import NAMESPACE_DNS, uuid5
 
 from pyVmomi import vim
 
-from tests.vsphere_sim.calls import Call, Part, unlocked
+from tests.vsphere_sim.calls import Call, Part
 from tests.vsphere_sim.disks import Disk, DiskError
 from tests.vsphere_sim.hosts import Host
 from tests.vsphere_sim.properties import Managed
@@ -81,7 +80,7 @@ class Datastores(Part):
             info.vmfs = _vmfs(name, store.uuid, 1 << 40, luns)
         store.managed.properties["info"] = info
         for host in self.model.hosts.all.values():
-            self._mount_on(store, host)
+            self.mount_on(store, host)
         return store
 
     def make(self, name: str, disks: Sequence[Disk], hosts: Sequence[str]) -> Store:
@@ -178,8 +177,8 @@ class Datastores(Part):
             self._all.pop(store.managed.moid)
             self.model.forget(store.managed)
         else:
-            self._publish(store)
-        self._publish_host(host)
+            self.publish(store)
+        self.publish_host(host)
 
     def mount(self, host: Host, volume: Volume) -> Store:
         """Make it a datastore of the host."""
@@ -195,7 +194,7 @@ class Datastores(Part):
                 freeSpace=0,
                 vmfs=_vmfs(store.name, volume.header.uuid, volume.size_bytes, luns),
             )
-        self._mount_on(store, host)
+        self.mount_on(store, host)
         return store
 
     def swap(self, host: Host, old: Disk, new: Disk) -> None:
@@ -242,12 +241,14 @@ class Datastores(Part):
             name = f"{label} ({number})"
         return name
 
-    def _mount_on(self, store: Store, host: Host) -> None:
+    def mount_on(self, store: Store, host: Host) -> None:
+        """A host has it now."""
         store.hosts[host.name] = True
-        self._publish(store)
-        self._publish_host(host)
+        self.publish(store)
+        self.publish_host(host)
 
-    def _publish(self, store: Store) -> None:
+    def publish(self, store: Store) -> None:
+        """What the API shows of it."""
         found = store.managed.properties
         found["host"] = [
             vim.Datastore.HostMount(
@@ -264,7 +265,8 @@ class Datastores(Part):
         found["summary"].url = f"ds:///vmfs/volumes/{store.uuid}/"
         found.touch("summary")
 
-    def _publish_host(self, host: Host) -> None:
+    def publish_host(self, host: Host) -> None:
+        """What the API shows of a host's datastores."""
         stores = [s for s in self._all.values() if host.name in s.hosts]
         host.managed.properties["datastore"] = [s.managed.ref for s in stores]
         host.system.properties["fileSystemVolumeInfo"] = vim.host.FileSystemVolumeInfo(
@@ -280,98 +282,7 @@ class Datastores(Part):
             ],
         )
 
-    # -- calls: copies ---------------------------------------------------------------------------
-
-    @unlocked
-    def ResignatureUnresolvedVmfsVolume_Task(
-        self, _call: Call, of: Managed, resolutionSpec: Any
-    ) -> Any:
-        """The extents of one copy are named by their device paths. NotFound for a path that is no
-        copy; VmfsAmbiguousMount where they are not exactly one volume; HostConfigFault where the
-        LUN cannot be written to. It writes to the LUN."""
-        host = self.model.hosts.of(of)
-        self.model.hosts.check(host)
-        with host.lock:
-            copies = {
-                f"/vmfs/devices/disks/{disk.naa}:1": (disk, header)
-                for disk, header in self.headers(host)
-                if header.device != disk.naa
-            }
-            chosen = [copies.get(path) for path in resolutionSpec.extentDevicePath]
-            if not chosen or None in chosen:
-                raise SoapFault(vim.fault.NotFound(), "The object or item could not be found.")
-            extents = sorted((c for c in chosen if c), key=lambda c: c[1].ordinal)
-            if [c[1].ordinal for c in extents] != list(range(extents[0][1].extents)):
-                raise SoapFault(
-                    vim.fault.VmfsAmbiguousMount(), "The extents are not one copy of a volume."
-                )
-            label = extents[0][1].label
-            try:
-                volume = Volume([disk for disk, _ in extents])
-                # "snap-snapID-oldLabel" (vSphere Storage, "Managing duplicate VMFS datastores")
-                volume.resignature(f"snap-{self.model.number():08x}-{label}")
-            except DiskError as error:
-                raise SoapFault(
-                    vim.fault.HostConfigFault(), f"Failed to resignature {label}: {error}"
-                ) from error
-        with self.model.changed:
-            store = self.mount(host, volume)
-            return vim.host.ResignatureRescanResult(result=store.managed.ref)
-
-    # -- calls: mounting -------------------------------------------------------------------------
-
-    def _mounted(self, of: Managed, uuid: str) -> tuple[Host, Store]:
-        host = self.model.hosts.of(of)
-        self.model.hosts.check(host)
-        store = self.by_uuid(uuid)
-        if store is None or host.name not in store.hosts:
-            raise SoapFault(vim.fault.NotFound(), f"The VMFS volume {uuid} could not be found.")
-        return host, store
-
-    def UnmountVmfsVolume(self, _call: Call, of: Managed, vmfsUuid: str) -> None:
-        """InvalidState for a volume that is unmounted already; ResourceInUse while a VM is
-        registered on it here, or somebody else (HA) uses it (vSphere Storage, on unmounting
-        datastores)."""
-        host, store = self._mounted(of, vmfsUuid)
-        if not store.hosts[host.name]:
-            raise SoapFault(vim.fault.InvalidState(), "The volume is already unmounted.")
-        users = [
-            vm.properties["name"]
-            for vm in self.vms(store)
-            if vm.properties["runtime"].host == host.managed.ref
-        ]
-        if users or store.used:
-            what = f"VMs are registered: {', '.join(users)}" if users else "files are open"
-            raise SoapFault(
-                vim.fault.ResourceInUse(type=vim.Datastore, name=store.name),
-                f"The resource '{store.name}' is in use: {what}.",
-            )
-        host.unmounted.add(vmfsUuid)
-        store.hosts[host.name] = False
-        self._publish(store)
-        self._publish_host(host)
-
-    def UnmountVmfsVolumeEx_Task(self, call: Call, of: Managed, vmfsUuid: list[str]) -> None:
-        """Several."""
-        for uuid in vmfsUuid:
-            self.UnmountVmfsVolume(call, of, uuid)
-
-    def MountVmfsVolume(self, _call: Call, of: Managed, vmfsUuid: str) -> None:
-        """InvalidState for a volume that is mounted already."""
-        host, store = self._mounted(of, vmfsUuid)
-        if store.hosts[host.name]:
-            raise SoapFault(vim.fault.InvalidState(), "The volume is already mounted.")
-        host.unmounted.discard(vmfsUuid)
-        self._mount_on(store, host)
-
-    def DeleteVmfsVolumeState(self, _call: Call, of: Managed, vmfsUuid: str) -> None:
-        """Forgets that a volume was unmounted, for one that need not be there any more; NotFound
-        for one that was not."""
-        host = self.model.hosts.of(of)
-        self.model.hosts.check(host)
-        if vmfsUuid not in host.unmounted:
-            raise SoapFault(vim.fault.NotFound(), "The volume has no such state.")
-        host.unmounted.discard(vmfsUuid)
+    # -- calls: the end of a datastore ------------------------------------------------------------
 
     def destroy(self, of: Managed) -> None:
         """What RemoveDatastore and Destroy do: the file system is destroyed, its header is gone
@@ -384,7 +295,7 @@ class Datastores(Part):
         self._all.pop(of.moid)
         self.model.forget(of)
         for name in store.hosts:
-            self._publish_host(self.model.hosts.all[name])
+            self.publish_host(self.model.hosts.all[name])
 
     def RemoveDatastore(self, _call: Call, _of: Managed, datastore: Any) -> None:
         """As `destroy`."""
@@ -422,57 +333,6 @@ class Datastores(Part):
     def RefreshDatastore(self, _call: Call, of: Managed) -> None:
         """Reads space and capacity again."""
         of.properties.touch("summary")
-
-    def SearchDatastore_Task(
-        self, _call: Call, of: Managed, datastorePath: str, searchSpec: Any
-    ) -> Any:
-        """Files of one folder that match one of the patterns."""
-        store, folder = self.path(datastorePath, of)
-        names = self._names(store, folder, searchSpec)
-        return _FILES.SearchResults(
-            datastore=store.managed.ref, folderPath=datastorePath, file=names
-        )
-
-    def SearchDatastoreSubFolders_Task(
-        self, _call: Call, of: Managed, datastorePath: str, searchSpec: Any
-    ) -> Any:
-        """The same, with all folders below."""
-        store, top = self.path(datastorePath, of)
-        tree = self._tree(store)
-        folders = sorted({posixpath.dirname(path) for path in tree})
-        found = _FILES.SearchResults.Array()
-        for folder in folders:
-            if not top or folder == top or folder.startswith(f"{top}/"):
-                names = self._names(store, folder, searchSpec)
-                if names:
-                    where = f"[{store.name}] {folder}/" if folder else f"[{store.name}]"
-                    result = _FILES.SearchResults(
-                        datastore=store.managed.ref, folderPath=where, file=names
-                    )
-                    found.append(result)
-        return found
-
-    def _names(self, store: Store, folder: str, spec: Any) -> list[Any]:
-        patterns = (spec.matchPattern if spec else None) or ["*"]
-        tree = self._tree(store)
-        inside = [path for path in sorted(tree) if posixpath.dirname(path) == folder]
-        kinds = {".vmx": _FILES.VmConfigInfo, ".vmdk": _FILES.VmDiskInfo}
-        return [
-            kinds.get(posixpath.splitext(path)[1], _FILES.FileInfo)(
-                path=posixpath.basename(path), fileSize=len(tree[path].text or "")
-            )
-            for path in inside
-            if any(fnmatch.fnmatch(posixpath.basename(path), p) for p in patterns)
-            and not path.endswith(("-flat.vmdk", "-delta.vmdk"))
-        ]
-
-    def _tree(self, store: Store) -> dict[str, Any]:
-        if not store.managed.properties["summary"].accessible:
-            raise SoapFault(
-                vim.fault.InaccessibleDatastore(datastore=store.managed.ref, name=store.name),
-                f"The datastore {store.name} is not accessible.",
-            )
-        return store.volume.files
 
     def path(self, text: str, browser: Managed | None = None) -> tuple[Store, str]:
         """`[ds1] web/web.vmx` as datastore and path in it. Raises SoapFault

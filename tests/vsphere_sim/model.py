@@ -14,6 +14,7 @@ from typing import Any
 
 from pyVmomi import vim, vmodl
 
+from tests.vsphere_sim.browsing import Browsing
 from tests.vsphere_sim.calls import Call, Part, Recorded
 from tests.vsphere_sim.collector import Collector
 from tests.vsphere_sim.datastores import Datastores
@@ -21,6 +22,7 @@ from tests.vsphere_sim.events import Events
 from tests.vsphere_sim.hosts import Hosts
 from tests.vsphere_sim.inventory import Inventory
 from tests.vsphere_sim.messages import Answer, Request
+from tests.vsphere_sim.mounting import Mounting
 from tests.vsphere_sim.privileges import Privileges
 from tests.vsphere_sim.properties import Managed, Properties
 from tests.vsphere_sim.reconfigure import Reconfigure
@@ -30,6 +32,7 @@ from tests.vsphere_sim.snapshots import Snapshots
 from tests.vsphere_sim.soap import SoapFault
 from tests.vsphere_sim.storage import Storage
 from tests.vsphere_sim.tags import Tags
+from tests.vsphere_sim.tasks import Tasks
 from tests.vsphere_sim.vms import VmPlan
 from tests.vsphere_sim.web import Web
 
@@ -70,16 +73,16 @@ class Model:
         self.objects: dict[str, Managed] = {}
         self.generation = 0  # how often an object came or went
         self._numbers = itertools.count(1)
-        self._running: dict[str, int] = {}
-        self._busy: dict[str, Any] = {}  # the task that a VM is busy with
-        self.most_at_once: dict[str, int] = {}  # tasks that ran together, by method
         self._handlers: dict[str, Callable[..., Any]] = {}
         self.sessions_part = Sessions(self, user, password)
         self.collector = Collector(self)
+        self.tasks = Tasks(self)
         self.inventory = Inventory(self)
         self.hosts = Hosts(self)
         self.datastores = Datastores(self)
         self.storage = Storage(self)
+        self.mounting = Mounting(self)
+        self.browsing = Browsing(self)
         self.snapshots = Snapshots(self)
         self.registration = Registration(self)
         self.reconfigure = Reconfigure(self)
@@ -117,6 +120,11 @@ class Model:
     def specs(self) -> list[Any]:
         """How snapshots were to be quiesced."""
         return self.snapshots.specs
+
+    @property
+    def most_at_once(self) -> dict[str, int]:
+        """How many tasks ran together, by method."""
+        return self.tasks.most_at_once
 
     def end_sessions(self) -> None:
         """They have expired."""
@@ -199,10 +207,10 @@ class Model:
         if handler is None:
             raise SoapFault(vmodl.fault.MethodNotFound(receiver=found.ref, method=method))
         if method.endswith("_Task"):  # a task fails by itself
-            return self._start(call, found, handler, arguments)
+            return self.tasks.start(call, found, handler, arguments)
         time.sleep(self.weather.latency_s.get(method, 0))
         self.storm(method)
-        return self._run(handler, call, found, arguments)
+        return self.run(handler, call, found, arguments)
 
     def answer(self, request: Request) -> Answer:
         """As of Service: what is no SOAP."""
@@ -230,86 +238,16 @@ class Model:
         if fault is not None:
             raise SoapFault(fault)
 
-    def _run(
+    def run(
         self, handler: Callable[..., Any], call: Call, found: Managed, arguments: dict[str, Any]
     ) -> Any:
+        """Under the lock, unless the handler wants to wait or to talk to a target."""
         if getattr(handler, "unlocked", False):
             return handler(call, found, **arguments)
         with self.changed:
             try:
                 return handler(call, found, **arguments)
             finally:
-                self.changed.notify_all()
-
-    # -- tasks -----------------------------------------------------------------------------------
-
-    def _start(
-        self, call: Call, of: Managed, handler: Callable[..., Any], arguments: dict[str, Any]
-    ) -> Any:
-        """Runs in a thread of its own, as a task does; recentTask of its object names it."""
-        with self.changed:
-            entity = self.snapshots.vm_of(of)
-            self._claim(call.method, entity)
-            info = vim.TaskInfo(
-                key="", descriptionId=_described(call.method, of), state="running",
-                cancelled=False, cancelable=False, queueTime=self.now(), startTime=self.now(),
-                reason=vim.TaskReasonUser(userName=call.user), eventChainId=1,
-                entity=entity.ref if isinstance(entity.ref, vim.ManagedEntity) else None,
-            )  # fmt: skip
-            task = self.add(vim.Task, "task", info=info)
-            info.key, info.task = task.moid, task.ref
-            recent = entity.properties.get("recentTask", [])
-            entity.properties["recentTask"] = [*recent[-9:], task.ref]
-            if call.method in _EXCLUSIVE:
-                self._busy[entity.moid] = task.ref
-        work = (call, task, of, handler, arguments)
-        threading.Thread(target=self._work, args=work, daemon=True).start()
-        return task.ref
-
-    def _claim(self, method: str, entity: Managed) -> None:
-        """TaskInProgress: if the virtual machine is busy with another task of these."""
-        if method in _EXCLUSIVE:
-            busy = self._busy.get(entity.moid)
-            if busy is not None:
-                raise SoapFault(
-                    vim.fault.TaskInProgress(task=busy),
-                    "The operation is not allowed: another task is already in progress.",
-                )
-
-    def _work(
-        self,
-        call: Call,
-        task: Managed,
-        of: Managed,
-        handler: Callable[..., Any],
-        arguments: dict[str, Any],
-    ) -> None:
-        method = call.method
-        with self.changed:
-            self._running[method] = self._running.get(method, 0) + 1
-            most = max(self.most_at_once.get(method, 0), self._running[method])
-            self.most_at_once[method] = most
-        time.sleep(self.weather.latency_s.get(method, 0))
-        if method in self.weather.hold:
-            self.weather.hold[method].wait()
-        info = task.properties["info"]
-        result, fault = None, None
-        try:
-            self.storm(method)
-            result = self._run(handler, call, of, arguments)
-        except SoapFault as error:
-            fault = error.fault
-        except BaseException as error:
-            fault = vmodl.fault.SystemError(reason=repr(error), msg=f"simulator: {error!r}")
-            raise
-        finally:
-            with self.changed:
-                self._running[method] -= 1
-                for moid in [moid for moid, busy in self._busy.items() if busy == task.ref]:
-                    del self._busy[moid]
-                info.completeTime, info.error = self.now(), fault
-                info.state, info.result = ("error", None) if fault else ("success", result)
-                task.properties.touch("info")
                 self.changed.notify_all()
 
     def later(self, act: Callable[[], None]) -> None:
@@ -331,24 +269,3 @@ class Model:
         """Hosts log out of their targets."""
         with suppress(OSError):
             self.storage.close()
-
-
-_EXCLUSIVE = (
-    "CreateSnapshotEx_Task", "CreateSnapshot_Task", "RemoveSnapshot_Task", "RevertToSnapshot_Task",
-    "RemoveAllSnapshots_Task", "ReconfigVM_Task", "ConsolidateVMDisks_Task", "RelocateVM_Task",
-    "Destroy_Task",
-)  # fmt: skip
-_DESCRIPTIONS = {
-    "CreateSnapshot_Task": "VirtualMachine.createSnapshot",
-    "CreateSnapshotEx_Task": "VirtualMachine.createSnapshot",
-    "RemoveSnapshot_Task": "vm.Snapshot.remove",
-    "RevertToSnapshot_Task": "vm.Snapshot.revert",
-    "ConsolidateVMDisks_Task": "VirtualMachine.consolidateDisks",
-}
-
-
-def _described(method: str, of: Managed) -> str:
-    """TaskInfo.descriptionId: type and method, as the message catalog has them."""
-    plain = method.removesuffix("_Task")
-    kind = type(of.ref).__name__.removeprefix("vim.")
-    return _DESCRIPTIONS.get(method, f"{kind}.{plain[:1].lower()}{plain[1:]}")

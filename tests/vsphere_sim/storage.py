@@ -9,7 +9,6 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -318,56 +317,3 @@ class Storage(Part):
             raise SoapFault(kind(), "The LUN has no such state.")
         host.detached.discard(lunCanonicalName)
         self.publish(host)
-
-    # -- calls: VMFS (see Datastores) ------------------------------------------------------------
-
-    @unlocked
-    def QueryUnresolvedVmfsVolume(self, _call: Call, of: Managed) -> Any:
-        """As of the datastore system."""
-        return self.unresolved(of)
-
-    @unlocked
-    def QueryUnresolvedVmfsVolumes(self, _call: Call, of: Managed) -> Any:
-        """VMFS that are not bound to the device that they lie on."""
-        return self.unresolved(of)
-
-    def unresolved(self, of: Managed) -> list[Any]:
-        """Copies that this host sees. One entry for a UUID, with the extents of all its copies."""
-        host = self.model.hosts.of(of)
-        self.model.hosts.check(host)
-        with host.lock:
-            copies: dict[str, list[tuple[Disk, Any]]] = {}
-            for disk, header in self.model.datastores.headers(host):
-                if header.device != disk.naa:
-                    copies.setdefault(header.uuid, []).append((disk, header))
-        return [_unresolved(uuid, found) for uuid, found in sorted(copies.items())]
-
-
-def _unresolved(uuid: str, copies: Iterable[tuple[Disk, Any]]) -> Any:
-    copies = sorted(copies, key=lambda c: (c[1].ordinal, c[0].naa))
-    ordinals = [header.ordinal for _, header in copies]
-    incomplete = set(range(copies[0][1].extents)) != set(ordinals)
-    multiple = len(ordinals) > len(set(ordinals))
-    return vim.host.UnresolvedVmfsVolume(
-        vmfsLabel=next((h.label for _, h in copies if h.label), ""),
-        vmfsUuid=uuid,
-        totalBlocks=sum(disk.size_bytes for disk, _ in copies) >> 20,
-        resolveStatus=vim.host.UnresolvedVmfsVolume.ResolveStatus(
-            resolvable=not (incomplete or multiple),
-            incompleteExtents=incomplete,
-            multipleCopies=multiple,
-        ),
-        extent=[
-            vim.host.UnresolvedVmfsExtent(
-                device=vim.host.ScsiDisk.Partition(diskName=disk.naa, partition=1),
-                devicePath=f"/vmfs/devices/disks/{disk.naa}:1",
-                vmfsUuid=uuid,
-                isHeadExtent=header.ordinal == 0,
-                ordinal=header.ordinal,
-                startBlock=0,
-                endBlock=(disk.size_bytes >> 20) - 1,
-                reason="diskIdMismatch",
-            )
-            for disk, header in copies
-        ],
-    )
