@@ -102,7 +102,7 @@ def test_sim_host_names_a_lun_by_what_it_says_of_itself(
     assert copies.clients(target) == 1  # the host stays
     esx.remove(target)
     assert esx.luns() == {}
-    assert copies.clients(target) == 0
+    copies.wait_without_clients(target)
 
 
 def test_sim_host_without_adapter_has_no_targets(vcenter: Vcenter, client: Vsphere) -> None:
@@ -259,7 +259,6 @@ def test_sim_datastore_appears_when_the_inventory_hears_of_it(
     esx: Esx, copies: Copies, lun: Path, vcenter: Vcenter
 ) -> None:
     esx.add(copies.export(lun))
-    (copy,) = esx.unresolved()
     disk = esx.host.sessions[0]
     Volume([disk]).resignature("bound")  # by another host, say
     may_know = vcenter.model.weather.inventory_hold = threading.Event()
@@ -273,7 +272,6 @@ def test_sim_datastore_appears_when_the_inventory_hears_of_it(
     while vcenter.model.datastores.by_name("bound") is None:
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert copy.vmfsLabel == "ds1"
 
 
 # -- and the way back ------------------------------------------------------------------------------
@@ -307,7 +305,7 @@ def test_sim_island_that_is_taken_down_in_order_leaves_nothing(
     with pytest.raises(vim.fault.NotFound):
         esx.storage.UnmountVmfsVolume(uuid)
     assert vcenter.model.datastores.by_uuid(uuid) is None
-    assert copies.clients(target) == 0
+    copies.wait_without_clients(target)
     copies.withdraw(target)
     assert vcenter.model.storage.all_paths_down() == []
 

@@ -82,6 +82,13 @@ class Copies:
         request, endpoint = self.exported[entry.iScsiName]
         return len(self.target.clients(request.run_dir, endpoint.server))
 
+    def wait_without_clients(self, entry: Any) -> None:
+        """Until nobody is logged in to it: a target notices a moment later."""
+        until = time.monotonic() + 60
+        while self.clients(entry):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
     def withdraw(self, entry: Any) -> None:
         """It is not there any more."""
         request, endpoint = self.exported.pop(entry.iScsiName)
