@@ -12,7 +12,7 @@ from offload.engine.retention_lock import _Lock
 from offload.engine.tombstones import Sight
 from offload.format import layout
 from offload.ids import new_id
-from offload.services import backups, legalholds, prune, prune_wait
+from offload.services import backups, legalholds, prune, prune_wait, repair
 from offload.services.prune import _Prune
 from offload.testing.model_patches import replace_in
 
@@ -101,12 +101,19 @@ def _notes_of_others_withdrawn() -> None:
 
 def _locks_not_extended() -> None:
     """What a backup takes over from its parent keeps its date."""
-    replace_in(_Lock, "_one", lambda *_: None)
+    extend = _Lock._one  # noqa: SLF001
+
+    def one(this: Any, version: Any) -> None:
+        if not version.name.startswith(layout.PACKS):
+            extend(this, version)
+
+    replace_in(_Lock, "_one", one)
 
 
-def _mending_not_noted() -> None:
-    """Which packs trees need is remembered over a repair."""
+def _repair_not_locked() -> None:
+    """What is read instead of damaged records stays as it was, and is not looked for."""
     replace_in(LockLedger, "trees_under", lambda *_: None)
+    replace_in(repair, "lock_mended", lambda *_: None)
 
 
 MUTANTS: dict[str, Callable[[], None]] = {
@@ -121,5 +128,5 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "one-note-for-all": _one_note_for_all,
     "notes-of-others-withdrawn": _notes_of_others_withdrawn,
     "locks-not-extended": _locks_not_extended,
-    "mending-not-noted": _mending_not_noted,
+    "repair-not-locked": _repair_not_locked,
 }

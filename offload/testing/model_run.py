@@ -70,11 +70,12 @@ class Game:
 
     def _begin_something(self) -> None:
         world, choose = self.world, self.world.chooser
-        often = _HOT if next(world.holds.contested(), None) else _SELDOM
+        hot = world.temper.quarrel > 0 and next(world.holds.contested(), None) is not None
+        often = _HOT if hot else _SELDOM
         if len(world.actors) >= _MOST or (world.actors and not choose.chance(often)):
             return
         host = choose.choice(world.hosts)
-        if next(world.holds.contested(), None) and not host.busy and choose.chance(2):
+        if hot and not host.busy and choose.chance(2):
             begin = world.holds.delete if choose.chance(4) else world.holds.hold
             host.busy = begin(host) is not None
         elif choose.chance(4):
@@ -130,7 +131,8 @@ class Game:
         if actor not in awake or choose.random() > world.temper.stick:
             actor = choose.choice(awake)
         assert actor is not None  # noqa: S101 - for mypy
-        hot = world.holds.is_about_to_delete(actor) and choose.chance(_HOT_STALL)
+        hot = world.temper.quarrel > 0 and world.holds.is_about_to_delete(actor)
+        hot = hot and choose.chance(_HOT_STALL)
         if hot or choose.chance(world.temper.stall):
             actor.stalled_until = world.steps + choose.choice((60,) if hot else (30, 300, 1500))
             world.say(f"{world.steps}: {actor.name} stands still at {' '.join(actor.at)}")

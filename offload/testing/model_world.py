@@ -75,7 +75,7 @@ class Temper:
     stall: float
     grace_s: float
     tick: float  # while somebody stands still, the clock moves by minutes
-    quarrel: float  # how likely it is that deletions and holds are chosen over the rest
+    quarrel: float  # how likely deletions and holds are chosen over the rest; then they meet often
     jump: float  # how often, when time passes, the clock of a store jumps
     stick: float  # how likely the same actor goes on
 
