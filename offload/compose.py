@@ -24,6 +24,7 @@ from offload.model import (
     RawSource,
     RbdSource,
     Source,
+    VmfsSource,
 )
 from offload.objectlock import LockableStore, LockRules
 from offload.store import Probing
@@ -235,6 +236,16 @@ def open_image(source: Source) -> Image:
                 return open_image(NbdSource(uri=source.place, size_bytes=size, sector_size=sector))
             place = Path(source.place)
             return open_image(RawSource(path=place, size_bytes=size, sector_size=sector))
+        case VmfsSource():
+            from offload.images.vmfs.image import VmfsImage
+            from offload.sources import lun_of
+
+            lun = open_image(lun_of(source))
+            try:
+                return VmfsImage(lun, source.path)
+            except BaseException:
+                lun.close()
+                raise
     assert_never(source)
 
 

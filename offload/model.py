@@ -242,7 +242,18 @@ class HomeSource:
     sector_size: int = 512
 
 
-Source = RawSource | Qcow2Source | BackupSource | NbdSource | RbdSource | HomeSource
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmfsSource:
+    """A VM's disk on a LUN with a VMFS: `path` is its descriptor there, `lun` the source of the
+    LUN, as JSON (`offload.sources`)."""
+
+    lun: str
+    path: str
+    size_bytes: int
+    sector_size: int = 512
+
+
+Source = RawSource | Qcow2Source | BackupSource | NbdSource | RbdSource | HomeSource | VmfsSource
 
 
 class ViewState(StrEnum):
@@ -288,6 +299,11 @@ class View:
     server: Mapping[str, str] = field(default_factory=dict)
     exposure: Exposure = field(default_factory=Exposure)
     overlay_limit_bytes: int = 0  # how large what is written may grow; 0 without an overlay
+
+    @property
+    def vmdk(self) -> str:
+        """The disk on the volume's VMFS that it shows, "" where it shows the volume."""
+        return self.source.path if isinstance(self.source, VmfsSource) else ""
 
     @property
     def on_overlay(self) -> bool:

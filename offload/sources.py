@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from offload.model import (
     RawSource,
     RbdSource,
     Source,
+    VmfsSource,
 )
 
 _KINDS: dict[str, type[Source]] = {
@@ -25,6 +27,7 @@ _KINDS: dict[str, type[Source]] = {
     "nbd": NbdSource,
     "rbd": RbdSource,
     "home": HomeSource,
+    "vmfs": VmfsSource,
 }
 _NAMES = {made: kind for kind, made in _KINDS.items()}
 
@@ -57,6 +60,21 @@ def source_from_dict(record: Mapping[str, str]) -> Source:
         return made(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"a damaged source record: {error}", code="bad-source") from error
+
+
+def lun_of(source: VmfsSource) -> Source:
+    """The source of the LUN that the disk lies on. Raises UsageError (`bad-source`)."""
+    try:
+        record = json.loads(source.lun)
+    except ValueError as error:
+        raise UsageError(f"a damaged source record: {error}", code="bad-source") from error
+    return source_from_dict(record)
+
+
+def on_lun(source: Source, path: str, size_bytes: int) -> VmfsSource:
+    """A disk on the LUN of a source; the inverse of `lun_of`."""
+    record = json.dumps(source_to_dict(source), separators=(",", ":"), sort_keys=True)
+    return VmfsSource(lun=record, path=path, size_bytes=size_bytes)
 
 
 def _value(annotation: str, text: str) -> Any:

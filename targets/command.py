@@ -17,9 +17,17 @@ from typing import assert_never
 from urllib.parse import quote
 
 import offload
-from offload.model import BackupSource, HomeSource, NbdSource, Qcow2Source, RawSource, RbdSource
+from offload.model import (
+    BackupSource,
+    HomeSource,
+    NbdSource,
+    Qcow2Source,
+    RawSource,
+    RbdSource,
+    VmfsSource,
+)
 from offload.nbd_tls import Certificates, PreSharedKeys, Tls
-from offload.sources import source_to_dict
+from offload.sources import lun_of, source_to_dict
 from offload.target import ExportRequest
 
 SOCKET = "nbd.sock"
@@ -123,7 +131,7 @@ def _plugin(request: ExportRequest) -> _Plugin:
             return _compiled(request, "nbd", f"socket={request.run_dir / OVERLAY_SOCKET}")
         case NbdSource():
             return _compiled(request, "nbd", f"uri={source.uri}")
-        case BackupSource() | RbdSource():
+        case BackupSource() | RbdSource() | VmfsSource():
             return _composed(request)
     assert_never(source)
 
@@ -146,7 +154,10 @@ def _composed(request: ExportRequest) -> _Plugin:
 
 def _store_environment(request: ExportRequest) -> dict[str, str]:
     """Where a store's credentials are found, if by the environment: as ours, never as arguments."""
-    if not isinstance(request.source, BackupSource):
+    source = request.source
+    if isinstance(source, VmfsSource):
+        source = lun_of(source)
+    if not isinstance(source, BackupSource):
         return {}
     return {name: os.environ[name] for name in _STORE_ENV if name in os.environ}
 

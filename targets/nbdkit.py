@@ -13,7 +13,7 @@ from pathlib import Path
 
 from offload import errors, procs, run
 from offload.errors import IntegrityError, OffloadError, UnavailableError
-from offload.model import BackupSource, RbdSource
+from offload.model import BackupSource, RbdSource, VmfsSource
 from offload.nbd_tls import Tls
 from offload.target import ExportRequest
 from targets import handshake
@@ -113,7 +113,7 @@ def _explain(place: Place, request: ExportRequest, seen: str = "") -> OffloadErr
     for line in words.splitlines():
         if line.startswith("offload-error "):
             return _raised_in_server(json.loads(line.removeprefix("offload-error ")))
-    composed = isinstance(request.source, BackupSource | RbdSource)
+    composed = isinstance(request.source, BackupSource | RbdSource | VmfsSource)
     if composed and "nbdkit-python-plugin.so" in words:
         return UnavailableError(
             "nbdkit has no Python plugin here",

@@ -30,6 +30,7 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
         "offload mount backup:b7k2/shop-db --tcp --port 10809",
         "offload mount shop --tcp --address 192.0.2.10 --tls certificates --allow 192.0.2.20",
         "offload mount shop --target lio --initiator iqn.1998-01.com.example:esx1",
+        "offload mount backup:b7k2/ds1 --vmdk web/web.vmdk",
         "offload mount shop --placeholder --host backup-esx1",
     ],
 )
@@ -48,6 +49,7 @@ _CLIENTS_SHOWN = 3  # in a table; --json has all
     metavar="SIZE",
     help="How large it may grow; e.g. 20GiB.",
 )
+@click.option("--vmdk", metavar="PATH", help="A VM's disk on the volume's VMFS: see volume vmdks.")
 @click.option("--tcp", is_flag=True, help="NBD: on a TCP port instead of a unix socket.")
 @click.option("--address", help="The address to listen on; default: as configured, 127.0.0.1.")
 @click.option("--port", type=click.IntRange(1, 65535), help="The port; default: NBD free, 3260.")
@@ -82,6 +84,7 @@ def mount(
     target: str | None,
     writable: bool,
     overlay_limit: int | None,
+    vmdk: str | None,
     tcp: bool,
     placeholder: bool,
     host: str | None,
@@ -99,7 +102,7 @@ def mount(
     """
     from offload.services import mount as service
 
-    others = target or writable or overlay_limit or tcp or any(exposure.values())
+    others = target or writable or overlay_limit or vmdk or tcp or any(exposure.values())
     if again and (name or placeholder or host or vms or shows or others):
         raise click.UsageError("--again serves a view as it was: no other option goes with it")
     if placeholder:
@@ -122,6 +125,7 @@ def mount(
         target=target,
         writable=writable,
         overlay_limit_bytes=overlay_limit,
+        vmdk=vmdk,
         exposure=asked,
     )
     with changing_context(settings) as context, progress(settings) as shown:
@@ -129,7 +133,7 @@ def mount(
             made = service.mount_again(context, origins)
         else:
             made = service.mount(context, origins, options, shown)
-    rows = [[view.name, show_size(view.size_bytes), view.origin, view.uri] for view in made]
+    rows = [[view.name, show_size(view.size_bytes), _origin(view), view.uri] for view in made]
     emit(
         settings,
         [view_fields(view) for view in made],
@@ -271,7 +275,7 @@ def views(ctx: click.Context) -> None:
             show_size(entry.view.size_bytes),
             _written(entry),
             show_time(entry.view.created_at),
-            entry.view.origin,
+            _origin(entry.view),
             entry.view.uri,
         ]
         for entry in found
@@ -318,6 +322,11 @@ def _written(entry: ViewStatus) -> str:
     return f"{show_size(entry.overlay.used_bytes)} of {show_size(entry.overlay.limit_bytes)}"
 
 
+def _origin(view: View) -> str:
+    """With the disk, where it is one on a VMFS."""
+    return f"{view.origin} {view.vmdk}" if view.vmdk else view.origin
+
+
 def view_fields(view: View) -> dict[str, Any]:
     """A view as JSON: without the records that only the server's own code reads."""
     return {
@@ -325,6 +334,7 @@ def view_fields(view: View) -> dict[str, Any]:
         "name": view.name,
         "uri": view.uri,
         "origin": view.origin,
+        "vmdk": view.vmdk or None,
         "target": view.target,
         "writable": view.writable,
         "size_bytes": view.size_bytes,

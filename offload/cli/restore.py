@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         "offload restore b7k2/shop-db --to /dev/vg0/shop-db --diff",
         "offload restore b7k2/shop-db --to nbd://10.0.0.5:10809",
         "offload restore --abandon --to /srv/restore/shop-db.raw",
+        "offload restore b7k2/ds1 --vmdk web/web.vmdk --to /srv/restore/web.raw",
         "offload restore b7k2 --as-vm shop --host kvm-backup --to /srv/restore/",
         "offload restore b7k2 --as-vm shop --host kvm-backup --instant --name shop-test",
     ],
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     metavar="VOLUME",
     help="Overwrite this production volume: it must be the target, and nobody may use it.",
 )
+@click.option("--vmdk", metavar="PATH", help="A VM's disk on the volume's VMFS: see volume vmdks.")
 @click.option("--as-vm", "vm", metavar="VM", help="Make this VM again: its disks and settings.")
 @click.option("--host", metavar="BACKUP_HOST", help="With --as-vm: where; [backup_hosts.NAME].")
 @click.option("--name", help="With --as-vm: what it is called; default: as it was.")

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from offload.services.volumes import VolumeReport
 
 
-@click.group(cls=Group, examples=["offload volume list", "offload volume show shop-db"])
+@click.group(
+    cls=Group,
+    examples=[
+        "offload volume list",
+        "offload volume show shop-db",
+        "offload volume vmdks backup:b7k2/ds1",
+    ],
+)
 def volume() -> None:
     """The configured volumes, as they are right now."""
 
@@ -103,3 +110,29 @@ def _facts(report: VolumeReport) -> None:
             ("pool", f"{state.pool}, {free}" if state.pool else ""),
         ]
     facts(pairs)
+
+
+@volume.command(
+    examples=["offload volume vmdks backup:b7k2/ds1", "offload volume vmdks timemark:k3f9/ds1"]
+)
+@click.argument("origin", shell_complete=complete.origins)
+@click.pass_context
+def vmdks(ctx: click.Context, /, origin: str) -> None:
+    """List the disks of VMs on the VMFS of a volume, read straight from its snapshot or backup.
+
+    ORIGIN is timemark:ID/VOLUME or backup:ID/VOLUME. One disk of it is mounted, or restored, with
+    --vmdk PATH. Disks with snapshots, and such as are mapped to other LUNs, are named only.
+    """
+    from offload.cli.session import reading_context
+    from offload.services.vmdks import vmdks as find
+
+    settings = settings_of(ctx)
+    with reading_context(settings) as context:
+        found = find(context, origin)
+    rows = [[d.path, d.kind, show_size(d.size_bytes), d.parent] for d in found.disks]
+
+    def human() -> None:
+        click.echo(f"VMFS {found.version} {found.label}")
+        table(["path", "kind", "size", "delta of"], rows, "no disks")
+
+    emit(settings, found, human)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offload import compose
 from offload.errors import NotFoundError
@@ -10,6 +10,7 @@ from offload.model import Snapshot, Source, TimeMark
 from offload.origin import Origin, OriginKind
 from offload.services import groups
 from offload.services.context import Context
+from offload.sources import on_lun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,19 @@ def _snapshot_source(ctx: Context, known: TimeMark, snapshot: Snapshot) -> Sourc
             hint=f"nothing can be read from it any more: offload timemark delete {known.id}",
         )
     return provider.source(snapshot)
+
+
+def of_vmdk(point: Point, path: str) -> Point:
+    """A VM's disk on the VMFS of a volume, by the path of its descriptor.
+
+    Raises what `offload.images.vmfs` raises.
+    """
+    path = path.lstrip("/")
+    image = compose.open_image(on_lun(point.source, path, 0))
+    try:
+        return replace(point, source=on_lun(point.source, path, image.size_bytes))
+    finally:
+        image.close()
 
 
 def of_backup(ctx: Context, origin: Origin) -> list[Point]:

@@ -53,6 +53,7 @@ class Request:
     diff: bool = False  # write only what differs; a file that exists is written in place
     restart: bool = False  # forget what an interrupted run has done
     production: str | None = None  # the production volume that may be overwritten
+    vmdk: str | None = None  # not the volume but a VM's disk on its VMFS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ def restore(ctx: Context, request: Request, *, progress: Progress | None = None)
     progress = progress or NoProgress()
     origin = parse_origin(request.what if ":" in request.what else f"backup:{request.what}")
     with ExitStack() as stack:
-        images = list(_images(ctx, origin, stack))
+        images = list(_images(ctx, origin, request.vmdk, stack))
         targets = restore_target.find(
             [name for _, name, _ in images], request.to, request.form, in_place=request.diff
         )
@@ -176,7 +177,9 @@ def in_place(request: Request) -> bool:
         return True  # the restore itself will say what is wrong with it
 
 
-def _images(ctx: Context, origin: Origin, stack: ExitStack) -> Iterator[tuple[str, str, Image]]:
+def _images(
+    ctx: Context, origin: Origin, vmdk: str | None, stack: ExitStack
+) -> Iterator[tuple[str, str, Image]]:
     """Origin in full, volume and image of each."""
     if origin.kind is OriginKind.BACKUP:
         found = points.of_backup(ctx, origin)
@@ -189,6 +192,15 @@ def _images(ctx: Context, origin: Origin, stack: ExitStack) -> Iterator[tuple[st
             "restore takes a backup or a TimeMark, not a group", code="bad-origin",
             hint="see: offload backup list",
         )  # fmt: skip
+    if vmdk is not None:
+        if len(found) != 1:
+            raise UsageError(
+                f"{vmdk} is looked for on one volume, and {origin} has {len(found)}",
+                code="vmdk-for-several",
+                hint="name it: ID/VOLUME",
+            )
+        disk = points.of_vmdk(found[0], vmdk)
+        found = [replace(disk, origin=f"{disk.origin}:{vmdk}")]
     for point in found:
         image = compose.open_image(point.source)
         stack.callback(image.close)

@@ -17,7 +17,7 @@ from offload.model import (
     RbdSource,
     Source,
 )
-from offload.sources import source_from_dict, source_to_dict
+from offload.sources import on_lun, source_from_dict, source_to_dict
 
 EXAMPLES: tuple[Source, ...] = (
     RawSource(path=Path("/a b/ü.raw"), size_bytes=1 << 40, sector_size=4096),
@@ -38,6 +38,7 @@ EXAMPLES: tuple[Source, ...] = (
         block_dir=Path("/d"), cache_bytes=1, memory_bytes=2, ahead_bytes=3,
     ),
     HomeSource(place="nbd://h:1/x y", size_bytes=7, sector_size=4096),
+    on_lun(RawSource(path=Path("/dev/x"), size_bytes=9), "web/web.vmdk", 7),
 )  # fmt: skip
 
 
