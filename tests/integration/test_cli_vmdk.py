@@ -137,6 +137,5 @@ def test_what_is_wrong_is_told_and_nothing_is_mounted(
 
 
 def _exit_of(code: str) -> int:
-    return {"bad-origin": 2, "vmdk-for-several": 2, "no-such-file": 4, "vmdk-is-rdm": 5}.get(
-        code, 7
-    )
+    known = {"bad-origin": 2, "vmdk-for-several": 2, "no-such-file": 4, "vmdk-is-rdm": 6}
+    return known.get(code, 7)
