@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    logging.getLogger().setLevel(logging.WARNING)  # a command run in this process has its own
     if os.geteuid() != 0 and item.get_closest_marker("needs_root"):
         pytest.skip("needs root")
 

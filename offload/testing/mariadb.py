@@ -67,6 +67,8 @@ def make_database(data: Path) -> None:
     data.mkdir(mode=0o700, exist_ok=True)
     give(data, USER)
     argv = [require_program("mariadb-install-db", "mariadb-server"), "--no-defaults"]
+    # not beside others, who would take its temporary tables for leftovers of theirs
+    argv += [f"--tmpdir={data}"]
     argv += [f"--datadir={data}", "--auth-root-authentication-method=normal"]
     argv += ["--skip-test-db", "--skip-name-resolve", "--innodb-log-file-size=16M"]
     run_as(USER, argv)
@@ -87,7 +89,7 @@ def running_mariadb(
     port = port or free_port()
     argv = [require_program("mariadbd", "mariadb-server"), "--no-defaults"]
     argv += [f"--datadir={data}", f"--socket={socket}", f"--port={port}"]
-    argv += [f"--pid-file={run_dir / 'mariadb.pid'}"]
+    argv += [f"--pid-file={run_dir / 'mariadb.pid'}", f"--tmpdir={run_dir}"]
     argv += [f"--{name}={value}" for name, value in {**_SETTINGS, **(settings or {})}.items()]
 
     def answers() -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +20,18 @@ pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(300)]
 OVERLAYS = '[overlays]\nlimit = "64MiB"\nmin_free = "1MiB"\n'
 
 
-def test_restored_vm_goes_before_its_views_and_never_under_it(tmp_path: Path) -> None:
-    (tmp_path / "luns").mkdir()
-    plan = Plan(luns_in=tmp_path / "luns", provider="copy")
-    with running_site(tmp_path, plan) as site:
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a short name, as unix sockets have."""
+    made = Path(tempfile.mkdtemp(prefix="oe-"))
+    yield made
+    shutil.rmtree(made)
+
+
+def test_restored_vm_goes_before_its_views_and_never_under_it(folder: Path) -> None:
+    (folder / "luns").mkdir()
+    plan = Plan(luns_in=folder / "luns", provider="copy")
+    with running_site(folder, plan) as site:
         site.write_config(OVERLAYS)
         site.write("vm01", b"content of vm01")
         with open_context(site.config) as ctx:
@@ -44,4 +55,4 @@ def test_restored_vm_goes_before_its_views_and_never_under_it(tmp_path: Path) ->
             assert ctx.catalog.views() == []
         assert site.left_on() == []
         assert site.model.storage.all_paths_down() == []
-        assert not list((tmp_path / "state" / "restored").iterdir())
+        assert not list((folder / "state" / "restored").iterdir())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,10 @@ def test_island_whose_disks_are_being_read_stays(stage: World, host: str) -> Non
             island_away.unmount_all(stage.ctx, [report.island.name])
         assert refused.value.code == "view-busy"
         assert placeholders.check(stage.ctx).findings == ()
+    until = time.monotonic() + 60
+    while any(status.clients for status in mounts.views(stage.ctx)):  # it notices a moment later
+        assert time.monotonic() < until
+        time.sleep(0.05)
     island_away.unmount_all(stage.ctx, [report.island.name])
 
 
