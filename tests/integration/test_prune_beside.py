@@ -108,8 +108,11 @@ def test_prune_stalled_at_any_step_and_woken_after_others_does_no_harm(site: Sit
 def test_prune_killed_at_any_step_beside_others_is_finished_by_the_next(site: Site) -> None:
     site.fill()
     for step in site.steps("prune"):
-        site.fill()
-        ended = site.start("prune", step, CRASH_ENV).resume()
+        for _ in range(8):  # which chunks lie together is chance: not each prune has each step
+            site.fill()
+            ended = site.start("prune", step, CRASH_ENV).resume()
+            if ended.status != 0:
+                break
         assert ended.status == -signal.SIGKILL, (step, ended)
         site.change()
         site.back_up()
