@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TypedDict
 
 from offload.machine import MachineDisk
 
@@ -51,6 +53,24 @@ class HypervisorHost:
 
 
 Entry = InventoryVm | Datastore | HypervisorHost
+
+
+class Kinds(TypedDict):
+    """Entries by kind, as Inventory and InventoryChange have them."""
+
+    vms: tuple[InventoryVm, ...]
+    datastores: tuple[Datastore, ...]
+    hosts: tuple[HypervisorHost, ...]
+
+
+def by_kind(entries: Iterable[Entry]) -> Kinds:
+    """In their order."""
+    found = tuple(entries)
+    return {
+        "vms": tuple(entry for entry in found if isinstance(entry, InventoryVm)),
+        "datastores": tuple(entry for entry in found if isinstance(entry, Datastore)),
+        "hosts": tuple(entry for entry in found if isinstance(entry, HypervisorHost)),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

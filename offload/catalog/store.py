@@ -31,13 +31,7 @@ from offload.catalog.rows import ParentLink, Row, Verification
 from offload.catalog.schema import corrupt, open_engine, translated, writing
 from offload.errors import BusyError, NotFoundError, OffloadError
 from offload.ids import match_prefix
-from offload.inventory import (
-    Datastore,
-    HypervisorHost,
-    Inventory,
-    InventoryChange,
-    InventoryVm,
-)
+from offload.inventory import Inventory, InventoryChange, by_kind
 from offload.island import Island
 from offload.model import Backup, BackupId, Connection, LegalHold, TimeMark, View
 
@@ -245,9 +239,7 @@ class Catalog:
             hypervisor=hypervisor,
             taken_at=heads[0]["taken_at"],
             tags_problem=heads[0]["tags_problem"],
-            vms=tuple(entry for entry in found if isinstance(entry, InventoryVm)),
-            datastores=tuple(entry for entry in found if isinstance(entry, Datastore)),
-            hosts=tuple(entry for entry in found if isinstance(entry, HypervisorHost)),
+            **by_kind(found),
         )
 
     # backups

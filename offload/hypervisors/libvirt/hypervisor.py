@@ -20,13 +20,7 @@ from offload.hypervisors.libvirt import domain_xml
 from offload.hypervisors.libvirt.domains import DomainReader
 from offload.hypervisors.libvirt.following import Following
 from offload.instance import Instance
-from offload.inventory import (
-    Datastore,
-    HypervisorHost,
-    Inventory,
-    InventoryChange,
-    InventoryVm,
-)
+from offload.inventory import Inventory, InventoryChange, by_kind
 from offload.libvirtd import Libvirt
 from offload.machine import Machine
 
@@ -153,12 +147,11 @@ class LibvirtHypervisor:
     def _compare(self, now: Inventory) -> InventoryChange:
         """What differs from what was known; `now` is known from here on."""
         before, self._known = self._known, now
-        old, new = _entries(before), _entries(now)
+        old = {entry.id: entry for entry in before.entries}
+        new = {entry.id for entry in now.entries}
         return InventoryChange(
             at=now.taken_at,
-            vms=tuple(vm for vm in now.vms if old.get(vm.id) != vm),
-            datastores=tuple(each for each in now.datastores if old.get(each.id) != each),
-            hosts=tuple(each for each in now.hosts if old.get(each.id) != each),
+            **by_kind(entry for entry in now.entries if old.get(entry.id) != entry),
             gone=tuple(number for number in old if number not in new),
         )
 
@@ -191,11 +184,3 @@ class LibvirtHypervisor:
             code="unknown-vm",
             hint=f"see: virsh -c {self._uri} list --all",
         )
-
-
-def _entries(inventory: Inventory) -> dict[str, InventoryVm | Datastore | HypervisorHost]:
-    return {
-        **{vm.id: vm for vm in inventory.vms},
-        **{datastore.id: datastore for datastore in inventory.datastores},
-        **{host.id: host for host in inventory.hosts},
-    }

@@ -25,14 +25,7 @@ from offload.hypervisors.vsphere.marks import islands_of
 from offload.hypervisors.vsphere.tags import read_tags
 from offload.hypervisors.vsphere.world import Touched, World, reference
 from offload.instance import Instance
-from offload.inventory import (
-    Datastore,
-    Entry,
-    HypervisorHost,
-    Inventory,
-    InventoryChange,
-    InventoryVm,
-)
+from offload.inventory import Entry, Inventory, InventoryChange, by_kind
 from offload.machine import Machine
 from offload.vsphere import Vsphere
 from offload.vsphere_snapshots import consolidate, of_prefix, remove
@@ -90,13 +83,10 @@ class VsphereHypervisor:
         """Raises PrivilegeError, UnavailableError."""
         self._read_all()
         self._known = self._entries(self._world.vm_ids)
-        found = self._known.values()
         return Inventory(
             hypervisor=self.name,
             taken_at=datetime.now(UTC),
-            vms=tuple(entry for entry in found if isinstance(entry, InventoryVm)),
-            datastores=tuple(entry for entry in found if isinstance(entry, Datastore)),
-            hosts=tuple(entry for entry in found if isinstance(entry, HypervisorHost)),
+            **by_kind(self._known.values()),
             tags_problem=self._tags_problem,
         )
 
@@ -191,12 +181,9 @@ class VsphereHypervisor:
         for moref in lost:
             del self._known[moref]
         self._known |= changed
-        found = changed.values()
         return InventoryChange(
             at=datetime.now(UTC),
-            vms=tuple(entry for entry in found if isinstance(entry, InventoryVm)),
-            datastores=tuple(entry for entry in found if isinstance(entry, Datastore)),
-            hosts=tuple(entry for entry in found if isinstance(entry, HypervisorHost)),
+            **by_kind(changed.values()),
             gone=tuple(sorted(lost)),
             tags_problem=self._tags_problem,
         )
