@@ -111,6 +111,7 @@ class Vmfs:
         self.geometry: Geometry = read_geometry(volume)
         self._six = self.geometry.six
         self._resources: dict[Kind, _Resources] = {}
+        self._blocks_per_cluster = self.geometry.sfb_per_cluster  # version 6; until it is read
         self._pointers = lru_cache(_POINTER_BLOCKS)(self._read_pointers)
         pb2 = geometry.PB2 if self._six or self.geometry.dense else self.geometry.pb2[0]
         if self.geometry.pb2[1] or self._six:
@@ -118,7 +119,8 @@ class Vmfs:
         self._open(Kind.POINTERS, geometry.PBC)
         self._open(Kind.DESCRIPTOR, geometry.FDC)
         self._open(Kind.SUB_BLOCK, geometry.SBC)
-        self._blocks_per_cluster = self._cluster_of_blocks() if self._six else 0
+        if self._six:
+            self._blocks_per_cluster = self._cluster_of_blocks()
 
     # -- descriptors -----------------------------------------------------------------------------
 
@@ -258,11 +260,11 @@ class Vmfs:
         if address == 0:
             return None
         kind = address & 7
-        if (
-            kind in (Kind.BLOCK, Kind.LARGE_BLOCK) and address >> 7 & 0xFF
-            if self._six
-            else (kind == Kind.BLOCK and address & 0x20)
-        ):
+        if self._six:
+            to_be_zeroed = kind in (Kind.BLOCK, Kind.LARGE_BLOCK) and address >> 7 & 0xFF
+        else:
+            to_be_zeroed = kind == Kind.BLOCK and address & 0x20
+        if to_be_zeroed:
             return None
         return self._resolve(address) + offset % self._unit(node, kind)
 
@@ -334,10 +336,6 @@ class Vmfs:
     # -- system files ----------------------------------------------------------------------------
 
     def _open(self, kind: Kind, address: int) -> None:
-        if not self._six:
-            self._blocks_per_cluster = 0
-        else:
-            self._blocks_per_cluster = self.geometry.sfb_per_cluster
         node = self._decoded(address, self.geometry.system_fd(address))
         raw = self.pread(node, 0, 0x58)
 
