@@ -164,7 +164,7 @@ def present(
     for number, (name, point) in enumerate(found, 1):
         view = _planned(ctx, point, name, options)
         _make_overlay(ctx, op, number, view)
-        op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
+        op.intend(f"server-{number}", "withdraw-view", undo_args(ctx.instance, view))
         view = _exported(ctx, view, view.exposure)
         op.done(f"server-{number}")
         ctx.catalog.add_view(view)
@@ -215,8 +215,8 @@ def intend_away(ctx: Context, op: Operation, chosen: Sequence[View], made: Seque
         op.intend(f"timemark-{number}", "delete-unused", {"ids": dump([ident])})
     for number, view in enumerate(chosen, 1):
         if view.on_overlay:
-            op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
-        op.intend(f"server-{number}", "withdraw-view", _undo_args(ctx, view))
+            op.intend(f"overlay-{number}", "remove-overlay", overlay_args(ctx.instance, view))
+        op.intend(f"server-{number}", "withdraw-view", undo_args(ctx.instance, view))
 
 
 def take_away(ctx: Context, op: Operation, chosen: Sequence[View], made: Sequence[str]) -> None:
@@ -273,7 +273,7 @@ def mount_again(ctx: Context, names: Sequence[str]) -> list[View]:
 
 def _keep(ctx: Context, view: View) -> View:
     with ctx.journal.operation("keep", view.name) as op:
-        op.intend("server", "stop-server", _undo_args(ctx, view))
+        op.intend("server", "stop-server", undo_args(ctx.instance, view))
         kept = replace(view, state=ViewState.KEPT)
         ctx.catalog.update_view(kept)
         op.done("row")
@@ -526,13 +526,14 @@ def _planned(ctx: Context, point: Point, name: str, options: MountOptions) -> Vi
 def _make_overlay(ctx: Context, op: Operation, number: int, view: View) -> None:
     if not view.writable:
         return
-    op.intend(f"overlay-{number}", "remove-overlay", _overlay_args(ctx, view))
+    op.intend(f"overlay-{number}", "remove-overlay", overlay_args(ctx.instance, view))
     overlay.create(overlays.overlay_of(ctx.instance, view), view.size_bytes)
     op.done(f"overlay-{number}")
 
 
-def _overlay_args(ctx: Context, view: View) -> dict[str, str]:
-    return {"id": view.id, "path": str(overlays.overlay_of(ctx.instance, view).path)}
+def overlay_args(instance: Instance, view: View) -> dict[str, str]:
+    """Of `undo_overlay`."""
+    return {"id": view.id, "path": str(overlays.overlay_of(instance, view).path)}
 
 
 def _exported(ctx: Context, view: View, exposure: Exposure) -> View:
@@ -579,7 +580,7 @@ def _with_source(ctx: Context, view: View, stack: ExitStack) -> View:
 
 def _serve_again(ctx: Context, view: View) -> View:
     with ctx.journal.operation("remount", view.name) as op:
-        op.intend("server", "stop-server", _undo_args(ctx, view))
+        op.intend("server", "stop-server", undo_args(ctx.instance, view))
         # what no reboot has removed: the folder, and a server of a remount that was cut off
         target = compose.target(view.target, ctx.instance)
         target.withdraw(_run_dir(ctx, view.id), view.server)
@@ -629,11 +630,12 @@ def _timemark_of(view: View) -> str | None:
     return origin.id if origin.kind is OriginKind.TIMEMARK else None
 
 
-def _undo_args(ctx: Context, view: View) -> dict[str, str]:
+def undo_args(instance: Instance, view: View) -> dict[str, str]:
+    """Of `undo_view` and `undo_server`."""
     return {
         "id": view.id,
         "target": view.target,
-        "run_dir": str(_run_dir(ctx, view.id)),
+        "run_dir": str(instance.views_dir / view.id),
         "server": dump(dict(view.server)),
     }
 

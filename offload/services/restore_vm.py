@@ -30,7 +30,7 @@ from offload.journal import Operation, step
 from offload.machine import Machine, MachineDisk
 from offload.origin import Origin, OriginKind, parse_origin
 from offload.progress import NoProgress, Progress
-from offload.services import machines, mount, overlays, restore, restored
+from offload.services import machines, mount, restore, restored
 from offload.services.context import Context
 from offload.services.undo import dump
 
@@ -224,10 +224,8 @@ def undo_views(instance: Instance, catalog: Catalog, args: Mapping[str, str]) ->
     """The journal's `unmount-named`: with what was written to them, whoever reads them."""
     names = set(json.loads(args["names"]))
     for view in [view for view in catalog.views() if view.name in names]:
-        place = {"id": view.id, "path": str(overlays.overlay_of(instance, view).path)}
-        of_view = {"target": view.target, "run_dir": str(instance.views_dir / view.id)}
-        mount.undo_view(instance, catalog, {**place, **of_view})
-        mount.undo_overlay(instance, catalog, place)
+        mount.undo_view(instance, catalog, mount.undo_args(instance, view))
+        mount.undo_overlay(instance, catalog, mount.overlay_args(instance, view))
 
 
 def undo_create(instance: Instance, catalog: Catalog, args: Mapping[str, str]) -> None:  # noqa: ARG001
