@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
+from vmfs_images import unpack
 
 from offload import run as programs
 from offload.cli.main import run
 
-DATA = Path(__file__).parents[1] / "data" / "vmfs"
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -27,16 +26,7 @@ Ask = Callable[..., Any]
 def place() -> Iterator[Path]:
     """A LUN, a TimeMark of it, a store with a backup of that, and a configuration."""
     folder = Path(tempfile.mkdtemp(prefix="ofv-", dir="/tmp"))
-    zeros = bytes(MIB)
-    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 28)
-    with (DATA / "vmfs6.zst").open("rb") as packed, (folder / "lun").open("xb") as out:
-        reader = unpacker.stream_reader(packed)
-        while block := reader.read(MIB):
-            if block == zeros[: len(block)]:
-                out.seek(len(block), os.SEEK_CUR)
-            else:
-                out.write(block)
-        out.truncate(out.tell())
+    unpack("vmfs6", folder / "lun")
     (folder / "o.toml").write_text(
         f'state_dir = "{folder}/state"\nruntime_dir = "{folder}/run"\n'
         f'[volumes.ds1]\nprovider = "copy"\npath = "{folder}/lun"\n'

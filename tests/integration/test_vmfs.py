@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zstandard
+from vmfs_images import PACKED, unpack
 
 from offload import compose
 from offload.errors import IntegrityError, NotFoundError, OffloadError, UnavailableError, UsageError
@@ -21,7 +21,6 @@ from offload.images.vmfs.vmdk import disks, flat_extents
 from offload.model import Extent, ExtentKind, RawSource
 from offload.sources import lun_of, on_lun, source_from_dict, source_to_dict
 
-DATA = Path(__file__).parents[1] / "data" / "vmfs"
 MIB = 1 << 20
 GIB = 1 << 30
 TIB = 1 << 40
@@ -31,19 +30,8 @@ TIB = 1 << 40
 def luns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images as sparse files."""
     folder = tmp_path_factory.mktemp("vmfs")
-    zeros = bytes(MIB)
-    for packed in DATA.glob("*.zst"):
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 28).stream_reader(
-            packed.open("rb"), closefd=True
-        )
-        with reader, (folder / packed.stem).open("xb") as out:
-            at = 0
-            while block := reader.read(MIB):
-                if block != zeros[: len(block)]:
-                    out.seek(at)
-                    out.write(block)
-                at += len(block)
-            out.truncate(at)
+    for packed in PACKED.glob("*.zst"):
+        unpack(packed.stem, folder / packed.stem)
     return folder
 
 
