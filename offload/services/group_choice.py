@@ -11,25 +11,10 @@ from offload.config import Config
 from offload.errors import NotFoundError, PolicyError, UnavailableError
 from offload.inventory import Datastore, Inventory, InventoryVm
 from offload.machine import DiskKind, MachineDisk
+from offload.services.disk_volumes import by_lun, volumes_of
 
 _NAMED = 3  # VMs in a note; the others are counted
 _AGENT = "; back it up by an agent in the guest, or move it to a LUN that is a [volumes] entry"
-
-
-def volumes_of(config: Config, disk: MachineDisk) -> tuple[str, ...]:
-    """The volumes that hold a disk: of all LUNs that it lies on. Empty where one is missing."""
-    from offload.services.machines import volume_of
-
-    if not disk.luns:
-        one = volume_of(config, disk)
-        return (one,) if one else ()
-    by_lun = _by_lun(config)
-    found = [by_lun.get(lun.lower(), "") for lun in disk.luns]
-    return tuple(dict.fromkeys(found)) if all(found) else ()
-
-
-def _by_lun(config: Config) -> dict[str, str]:
-    return {v.lun.lower(): name for name, v in config.volumes.items() if v.lun is not None}
 
 
 class Choice:
@@ -170,7 +155,7 @@ class Choice:
             return found
         what = f"disk {disk.called} of VM {vm.name}"
         if disk.luns:
-            known = _by_lun(self.config)
+            known = by_lun(self.config)
             missing = [lun for lun in disk.luns if lun.lower() not in known]
             raise PolicyError(
                 f"group {self.name}: {what} is on {', '.join(missing)}, which is no volume here",
@@ -208,7 +193,7 @@ class Choice:
     def _storage_asked_for(self) -> Iterator[str]:
         """Volumes of the datastores and LUNs that the group names: all of them, also those that
         hold no disk of a chosen VM."""
-        known = _by_lun(self.config)
+        known = by_lun(self.config)
         for lun in self.group.luns:
             if lun.lower() not in known:
                 raise NotFoundError(

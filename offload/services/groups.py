@@ -16,7 +16,8 @@ from offload.inventory import Inventory, InventoryVm
 from offload.machine import Machine
 from offload.model import Consistency
 from offload.services.context import Context
-from offload.services.group_choice import Choice, volumes_of
+from offload.services.disk_volumes import volumes_of
+from offload.services.group_choice import Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from offload.inventory import (
     InventoryVm,
 )
 from offload.services.context import Context
-from offload.services.group_choice import volumes_of
+from offload.services.disk_volumes import volumes_of
 from offload.services.inventory_changes import differences
 
 _KINDS: dict[type[Entry], str] = {

@@ -38,7 +38,7 @@ from offload.progress import NoProgress, Progress
 from offload.services import groups, island_away, island_point, overlays, points
 from offload.services import mount as views
 from offload.services.context import Context
-from offload.services.group_choice import volumes_of
+from offload.services.disk_volumes import volumes_of
 from offload.services.groups import Resolved
 from offload.services.island_point import Past
 from offload.services.island_record import (

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from offload import compose
 from offload.config import Config
 from offload.configs.quiesce import LibvirtFreeze, VmwareFreeze
 from offload.engine.manifests import read_manifest
 from offload.errors import NotFoundError, OffloadError
-from offload.machine import Machine, MachineDisk
+from offload.machine import Machine
 from offload.origin import Origin, OriginKind
 from offload.services import stores
 from offload.services.context import Context
+from offload.services.disk_volumes import volume_of
 
 
 def capture(
@@ -69,30 +69,6 @@ def placed(config: Config, machine: Machine) -> Machine:
     """With the volumes of ours that hold its disks."""
     disks = (replace(disk, volume=volume_of(config, disk)) for disk in machine.disks)
     return replace(machine, disks=tuple(disks))
-
-
-def volume_of(config: Config, disk: MachineDisk) -> str:
-    """The volume of the configuration that holds a VM's disk, or "".
-
-    By its LUN (`volumes.NAME.lun`; a disk that is spread over several is on the volume of the
-    first, which holds the VMFS's header), or, where the hypervisor names a file or block device of
-    this machine, or an RBD image, by that.
-    """
-    for name, volume in config.volumes.items():
-        if disk.luns:
-            if volume.lun is not None and volume.lun.lower() == disk.luns[0].lower():
-                return name
-        elif volume.image is not None:
-            if disk.path == f"rbd:{volume.image}":
-                return name
-        elif disk.path.startswith("/") and _same(Path(disk.path), volume.place):
-            return name
-    return ""
-
-
-def _same(one: Path, two: Path) -> bool:
-    """Whether two paths lead to one thing. Both may be absent: their names decide then."""
-    return one == two or one.resolve() == two.resolve()
 
 
 def machines_of(ctx: Context, origin: Origin) -> tuple[Machine, ...]:

@@ -13,7 +13,8 @@ import pytest
 from offload.config import Config
 from offload.errors import NotFoundError
 from offload.machine import FILE_MAX, DiskKind, Machine, MachineDisk, pack_file, unpack_file
-from offload.services.machines import chosen, placed, volume_of
+from offload.services.disk_volumes import volume_of
+from offload.services.machines import chosen, placed
 
 DISK = MachineDisk(name="vda", kind=DiskKind.FILE, path="/srv/a.raw", size_bytes=1 << 20)
 MACHINE = Machine(
